@@ -1,0 +1,20 @@
+"""Settings that every test shares; they must stand before torch or the Hugging Face libraries are imported."""
+
+from __future__ import annotations
+
+import os
+
+# One thread each: the runs are parallel already, and torch on more threads than idle cores is many times slower.
+for threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[threads] = "1"
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    MPLBACKEND="Agg",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+# A developer's own account must be out of reach of a test that forgets to name its server.
+for account in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "HF_TOKEN"):
+    os.environ.pop(account, None)
