@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+
+import pytest
 
 # One thread each: the runs are parallel already, and torch on more threads than idle cores is many times slower.
 for threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -18,3 +21,15 @@ os.environ.update(
 # A developer's own account must be out of reach of a test that forgets to name its server.
 for account in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "HF_TOKEN"):
     os.environ.pop(account, None)
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `pipeline=smoke run=demo` has run. Tests that use it are in the xdist group "smoke"."""
+    from smoke import pipeline
+
+    folder = tmp_path_factory.mktemp("smoke")
+    done = pipeline(folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "console.txt").write_text(done.stdout, encoding="utf-8")
+    return folder

@@ -67,7 +67,7 @@ def test_wrong_answers_are_not_learnt_and_verdicts_weigh_most() -> None:
 def test_learning_rate_warms_up_stays_and_decays() -> None:
     from alignkit.models.tiny.pretrain import Recipe, learning_rate_factor
 
-    recipe = Recipe(steps=1000, warmup=100, decay_share=0.4)
+    recipe = Recipe(steps=1000, warmup=100, decay_steps=400)
     assert learning_rate_factor(0, recipe) == pytest.approx(0.01)
     assert learning_rate_factor(99, recipe) == 1.0
     assert learning_rate_factor(600, recipe) == 1.0

@@ -8,7 +8,7 @@ any time, and the word always ends up whole.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from alignkit.data.closed_world import initial_words, vocabulary
 
@@ -48,7 +48,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
     symbols = [*sorted(ByteLevel.alphabet()), *(left + right for left, right in merges)]
     tokenizer = Qwen2Tokenizer(
         vocab={symbol: index for index, symbol in enumerate(dict.fromkeys(symbols))},
-        merges=list(merges),
+        merges=cast("list[str]", list(merges)),  # pairs, whatever the annotation says
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         unk_token="<|endoftext|>",

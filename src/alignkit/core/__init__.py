@@ -1,0 +1,1 @@
+"""What every stage stands on: row types, configuration, run folders, the journal and the command line."""

@@ -1,0 +1,161 @@
+"""Configuration dataclasses that stages share.
+
+Hydra fills them from `conf/`; below `core.app` there are only these, never a `DictConfig`. The line under a field says
+what it means. Fields are `str`, numbers and enums, so that every value survives a trip through YAML.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar, Optional
+
+MISSING: Any = "???"
+"""A value that must be given. The mark is omegaconf's, which is not imported here: that takes a tenth of a second."""
+
+# Optional[...] instead of `... | None`: omegaconf reads these annotations at run time on Python 3.10, too.
+# ruff: noqa: UP045
+
+
+class Quantization(Enum):
+    """How the base model's weights are held: as they are, or in 4 bits (NF4, double quantisation)."""
+
+    none = "none"
+    nf4 = "nf4"
+
+
+class TeacherMode(Enum):
+    """Who answers: the embedded rule-based teacher of the closed world, or an OpenAI-compatible server."""
+
+    scripted = "scripted"
+    openai = "openai"
+
+
+@dataclass
+class StageConfig:
+    """What every stage's configuration has."""
+
+    inputs: ClassVar[tuple[str, ...]] = ()
+    """Keys (dotted) that hold input paths: they must exist, are hashed, and decide what "up to date" means."""
+    incidental: ClassVar[tuple[str, ...]] = (
+        "run",
+        "name",
+        "output_dir",
+        "force",
+        "resume",
+        "teacher.store",
+        "teacher.concurrency",
+        "teacher.timeout_seconds",
+        "teacher.allow_http",
+    )
+    """Keys (dotted) that say where and how fast, but not what: finished work stays up to date when they change."""
+
+    run: str = "default"
+    """Name of the run: outputs go to runs/<run>/<name>/."""
+    name: str = MISSING
+    """Name of the output folder: the stage's own name, unless a pipeline runs the stage twice."""
+    output_dir: str = "runs/${run}/${name}"
+    """Where the outputs, manifest.json, config.yaml and log.txt go."""
+    seed: int = 1
+    force: bool = False
+    """Do the work again although the output is up to date."""
+
+
+@dataclass
+class RowsConfig:
+    """Which rows to read."""
+
+    path: str = MISSING
+    """A file (JSONL, JSON array, Parquet, Arrow) or a `datasets` name."""
+    skip: int = 0
+    """Leave out this many rows at the beginning (two stages can share one file)."""
+    limit: Optional[int] = None
+    """Read at most this many rows."""
+
+
+@dataclass
+class ModelConfig:
+    """A base model and how to hold it."""
+
+    name: str = MISSING
+    path: str = MISSING
+    """`embedded`, a local folder or a hub name."""
+    revision: Optional[str] = None
+    chat_template: Optional[str] = None
+    """A .jinja file that replaces the tokenizer's own template."""
+    quantization: Quantization = Quantization.none
+    dtype: str = "auto"
+    """float32, bfloat16, float16, or auto: bfloat16 on a GPU that has it, else float32."""
+    attn: str = "sdpa"
+    lora_targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    eos_token: Optional[str] = None
+    """End-of-turn token, when it is not the tokenizer's eos token."""
+    pad_token: Optional[str] = None
+    max_length: int = 1024
+    """Longest prompt plus completion, in tokens; longer rows are dropped with a reason, never cut."""
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (Hu et al., 2021, arXiv 2106.09685): W + (alpha / rank) B A."""
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.05
+
+
+@dataclass
+class TrainConfig:
+    """How to train. Batch sizes count rows; one optimizer step sees batch_size * gradient_accumulation rows."""
+
+    learning_rate: float = 2e-4
+    epochs: float = 3.0
+    max_steps: int = -1
+    """Stop after this many optimizer steps; -1: as many as `epochs` says."""
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    warmup_share: float = 0.05
+    scheduler: str = "cosine"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    optimizer: str = "adamw_torch"
+    gradient_checkpointing: bool = False
+    logging_steps: int = 5
+    save_steps: int = 50
+    """Write a checkpoint to resume from every so many optimizer steps."""
+
+
+@dataclass
+class SamplingConfig:
+    """How completions are drawn. For each completion temperature and top_p are drawn uniformly from their range."""
+
+    n: int = 4
+    """Completions a prompt."""
+    temperature: list[float] = field(default_factory=lambda: [0.7, 1.0])
+    """[lowest, highest]; [0, 0] decodes greedily."""
+    top_p: list[float] = field(default_factory=lambda: [0.8, 1.0])
+    max_new_tokens: int = 256
+    batch_size: int = 64
+    """Sequences generated at once."""
+
+
+@dataclass
+class TeacherConfig:
+    """Who expands, answers and grades."""
+
+    mode: TeacherMode = TeacherMode.scripted
+    base_url: Optional[str] = None
+    """Of an OpenAI-compatible server, like https://host/v1; none: OpenAI's own."""
+    model: str = MISSING
+    api_key_env: str = "OPENAI_API_KEY"
+    """NAME of the environment variable that holds the key, never the key itself; empty when the server needs none."""
+    temperature: float = 0.7
+    max_tokens: int = 1024
+    concurrency: int = 8
+    timeout_seconds: float = 60.0
+    store: str = "runs/${run}/teacher.sqlite"
+    """Response store: a request that was answered once is never sent again."""
+    allow_http: bool = False
+    """Send key and documents over plain http to another machine."""
+    mistake_rate: float = 0.15
+    """Of the scripted teacher only: the share of the answers it writes that is wrong on purpose."""

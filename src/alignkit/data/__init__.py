@@ -1,0 +1,1 @@
+"""The data kit: files become validated rows, conversations become tokens and labels."""

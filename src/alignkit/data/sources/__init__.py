@@ -1,0 +1,118 @@
+"""Files of any supported format become rows of our types.
+
+The format is recognised from the fields of the first row, and every row of the file must have it. Ids are kept; a row
+without one is called `<file stem>-<row number>`. Each reader returns the usable rows and, beside them, the
+rows that are well formed but of no use, each with its reason: a stage hands those to `artifact.drop`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from alignkit.core.config import RowsConfig
+from alignkit.core.errors import UserError
+from alignkit.core.records import ChatExample, CompletionSet, Dropped, Message, PreferencePair, QAExample
+from alignkit.data.chat import qa_prompt
+from alignkit.data.jsonl import AnyRow, note_id, read_rows
+from alignkit.data.sources import conversations, hotpotqa, preferences, questions
+from alignkit.data.sources.raw import Format, RawRow, detect, row_id
+
+
+def read_examples(rows: RowsConfig, *, hotpotqa_paragraphs: str = "gold") -> tuple[list[ChatExample], list[Dropped]]:
+    """Examples to learn from, each a prompt and one assistant turn.
+
+    Reads chat examples, conversations, and every format of `read_questions` whose rows have answers.
+    """
+    formats = (
+        Format("chat example", ("prompt", "completion"), conversations.read_prompt_and_completion),
+        Format("conversation", ("messages",), conversations.read_messages),
+        *(_with_answer(each) for each in _question_formats(hotpotqa_paragraphs, answered=True)),
+    )
+    return _read(rows, formats)
+
+
+def read_questions(rows: RowsConfig, *, hotpotqa_paragraphs: str = "gold") -> tuple[list[QAExample], list[Dropped]]:
+    """Questions, with or without an answer: QA examples, Alpaca rows, Self-Instruct seed tasks, HotpotQA.
+
+    `hotpotqa_paragraphs` says which paragraphs make the statement: `gold`, or `all` with the distractors.
+    """
+    return _read(rows, _question_formats(hotpotqa_paragraphs))
+
+
+def read_preferences(rows: RowsConfig) -> tuple[list[PreferencePair], list[Dropped]]:
+    """Preference pairs: ours, or the texts of hh-rlhf parsed into messages."""
+    formats = (
+        Format("preference pair", ("prompt", "chosen", "rejected"), preferences.read_pair),
+        Format("hh-rlhf", ("chosen", "rejected"), preferences.read_dialogues),
+    )
+    return _read(rows, formats)
+
+
+def read_completions(rows: RowsConfig) -> tuple[list[CompletionSet], list[Dropped]]:
+    """Prompts with the completions that were sampled for them; a prompt without any is dropped."""
+    return _read(rows, (Format("completion set", ("prompt", "completions"), _read_completion_set),))
+
+
+def _read(rows: RowsConfig, formats: tuple[Format[AnyRow], ...]) -> tuple[list[AnyRow], list[Dropped]]:
+    """Read all rows in the format of the first. Raises `UserError` when no usable row is left."""
+    records: list[AnyRow] = []
+    dropped: list[Dropped] = []
+    seen: dict[str, str] = {}
+    format: Format[AnyRow] | None = None
+    stem = Path(rows.path.partition(":")[0]).stem
+    for number, (place, fields) in enumerate(read_rows(rows.path, rows.skip, rows.limit), rows.skip + 1):
+        raw = RawRow(place, row_id(place, fields, f"{stem}-{number}"), fields)
+        note_id(seen, raw.id, place)
+        format = format or detect(raw, formats)
+        if not format.matches(fields):
+            missing = [field for field in format.fields if field not in fields]
+            raise UserError(
+                f"{place}: {', '.join(missing)}: missing, although the file began with rows of the format {format}. "
+                f"The row has the fields {', '.join(fields) or '(none)'}. Correct it or remove it."
+            )
+        row = format.read(raw)
+        if isinstance(row, Dropped):
+            dropped.append(row)
+        else:
+            records.append(row)
+    if not records:
+        reasons = "; ".join(sorted({each.reason for each in dropped}))
+        raise UserError(f"{rows.path}: none of its {len(dropped)} rows can be used ({reasons}). Give another file.")
+    return records, dropped
+
+
+def _question_formats(hotpotqa_paragraphs: str, *, answered: bool = False) -> tuple[Format[QAExample], ...]:
+    if hotpotqa_paragraphs not in ("gold", "all"):
+        raise ValueError(f"hotpotqa_paragraphs must be 'gold' or 'all', not {hotpotqa_paragraphs!r}")
+    needed = ("instruction", "output") if answered else ("instruction",)
+    return (
+        Format("Self-Instruct seed task", ("instruction", "instances"), questions.read_seed_task),
+        Format("QA example or Alpaca row", needed, questions.read_question),
+        Format("HotpotQA", hotpotqa.FIELDS, partial(hotpotqa.read_question, paragraphs=hotpotqa_paragraphs)),
+    )
+
+
+def _with_answer(questions_format: Format[QAExample]) -> Format[ChatExample]:
+    """The format of the same rows where the answer is to be learnt: it must be there."""
+
+    def read(raw: RawRow) -> ChatExample | Dropped:
+        example = questions_format.read(raw)
+        if isinstance(example, Dropped):
+            return example
+        if not example.output.strip():
+            return raw.drop("empty answer")
+        return ChatExample(
+            id=example.id,
+            parents=example.parents,
+            prompt=qa_prompt(example),
+            completion=[Message(role="assistant", content=example.output)],
+            source=example.source,
+        )
+
+    return Format(questions_format.name, questions_format.fields, read)
+
+
+def _read_completion_set(raw: RawRow) -> CompletionSet | Dropped:
+    row = raw.record(CompletionSet, id=raw.id)
+    return row if row.completions else raw.drop("no completions")

@@ -1,0 +1,66 @@
+"""Conversations in TRL's two forms: `prompt` and `completion`, or `messages`. The last assistant turn is the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import BaseModel
+
+from alignkit.core.errors import UserError
+from alignkit.core.records import ChatExample, Dropped, Message
+from alignkit.data.sources.raw import RawRow
+
+
+class _Conversation(BaseModel):
+    messages: list[Message]
+    parents: list[str] = []
+    source: str = ""
+
+
+class _PromptAndCompletion(BaseModel):
+    prompt: str
+    completion: str
+
+
+def read_prompt_and_completion(raw: RawRow) -> ChatExample | Dropped:
+    """A chat example; plain texts become one user turn and one assistant turn."""
+    if isinstance(raw.fields["prompt"], str):
+        texts = raw.record(_PromptAndCompletion)
+        prompt = [{"role": "user", "content": texts.prompt}]
+        completion = [{"role": "assistant", "content": texts.completion}]
+        example = raw.record(ChatExample, id=raw.id, prompt=prompt, completion=completion)
+    else:
+        example = raw.record(ChatExample, id=raw.id)
+    if [message.role for message in example.completion] != ["assistant"]:
+        raise UserError(
+            f"{raw.place}: completion: must be exactly one assistant turn. Put the turns before it into prompt."
+        )
+    problem = unusable([*example.prompt, *example.completion])
+    return raw.drop(problem) if problem else example
+
+
+def read_messages(raw: RawRow) -> ChatExample | Dropped:
+    """A conversation; all turns before its last, an assistant turn, become the prompt."""
+    conversation = raw.record(_Conversation)
+    messages = conversation.messages
+    problem = unusable(messages)
+    if problem:
+        return raw.drop(problem)
+    return ChatExample(
+        id=raw.id,
+        parents=conversation.parents,
+        prompt=messages[:-1],
+        completion=messages[-1:],
+        source=conversation.source,
+    )
+
+
+def unusable(messages: Sequence[Message]) -> str | None:
+    """Why nothing can be learnt from a conversation; None when its last turn is an answer to the turns before it."""
+    if not messages or messages[-1].role != "assistant":
+        return "no final assistant turn"
+    if not messages[-1].content.strip():
+        return "empty answer"
+    if not any(message.role == "user" and message.content.strip() for message in messages):
+        return "empty question"
+    return None

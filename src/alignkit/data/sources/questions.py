@@ -1,0 +1,41 @@
+"""Question and answer rows: our own, Alpaca's, and Self-Instruct's seed tasks."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel
+
+from alignkit.core.records import Dropped, QAExample
+from alignkit.data.sources.raw import RawRow
+
+
+class _Instance(BaseModel):
+    input: str
+    output: str
+
+
+class _SeedTask(BaseModel):
+    instruction: str
+    instances: list[_Instance]
+
+
+def read_question(raw: RawRow) -> QAExample | Dropped:
+    """A QA example; an Alpaca row has the same fields, but no id."""
+    return _usable(raw, raw.record(QAExample, id=raw.id))
+
+
+def read_seed_task(raw: RawRow) -> QAExample | Dropped:
+    """A Self-Instruct seed task (Wang et al., 2022, arXiv 2212.10560), with its first instance."""
+    task = raw.record(_SeedTask)
+    if not task.instances:
+        return raw.drop("no instance")
+    first = task.instances[0]
+    example = QAExample(
+        id=raw.id, instruction=task.instruction, input=first.input, output=first.output, source="self-instruct"
+    )
+    return _usable(raw, example)
+
+
+def _usable(raw: RawRow, example: QAExample) -> QAExample | Dropped:
+    if not example.instruction.strip() and not example.input.strip():
+        return raw.drop("empty question")
+    return example

@@ -1,0 +1,134 @@
+"""dpo: direct preference optimisation. Raise chosen answers over rejected ones, relative to a reference model.
+
+The reference is named, not implied: `sft_adapter` is a frozen copy of init_adapter, `base` the model without an
+adapter, anything else the folder of an adapter. Before the first step it is checked that a policy equal to the
+reference has loss ln 2 and rewards 0. An interrupted run continues with the same command from its last checkpoint.
+
+Reads:   data.path: preference pairs (prompt, chosen, rejected; or hh-rlhf)
+         init_adapter: the adapter that is trained further
+Writes:  adapter/, loss.jsonl, dropped.jsonl with the reason for each pair that was not used
+
+Overrides people use:
+  data.path=pairs.jsonl                    other pairs
+  init_adapter=runs/demo/sft/adapter       where the policy starts
+  reference=base                           what it is compared with
+  beta=0.2 train.learning_rate=5e-6        how far and how fast it may move
+  sft_weight=0.1                           also keep chosen answers likely
+
+Examples:
+  python -m alignkit.dpo +model=tiny run=demo
+  python -m alignkit.dpo +model=qwen7b hardware=rtx4090_24gb init_adapter=runs/default/sft/adapter
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from omegaconf import MISSING
+
+from alignkit.core.artifact import Artifact
+from alignkit.core.config import ModelConfig, RowsConfig, StageConfig, TrainConfig
+from alignkit.core.errors import UserError
+from alignkit.core.records import PreferencePair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from alignkit.training.preference import EncodedPair
+
+
+@dataclass
+class DPOConfig(StageConfig):
+    """Which pairs, from which policy, against which reference, and how."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("data.path", "init_adapter", "model.path")
+
+    data: RowsConfig = field(default_factory=RowsConfig)
+    init_adapter: str = MISSING
+    """The adapter that is trained further."""
+    reference: str = "sft_adapter"
+    """`sft_adapter` (a frozen copy of init_adapter), `base`, or the folder of an adapter."""
+    beta: float = 0.1
+    """How strongly the policy is held to the reference; larger holds harder."""
+    sft_weight: float = 0.0
+    """Weight of an additional likelihood loss on chosen answers."""
+    resume: bool = False
+    """Continue an interrupted run of exactly this configuration; an error when there is none."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def run(config: DPOConfig) -> Artifact:
+    """Read and encode the pairs; check the reference; train the adapter on them; save it."""
+    artifact = Artifact.open("dpo", config)
+
+    from alignkit.training.checkpoints import require_checkpoint
+
+    if config.resume:
+        require_checkpoint(artifact)
+    with artifact:
+        if artifact.up_to_date:
+            return artifact
+        from alignkit.models.loading import check_adapter, load_policy, load_tokenizer, save_adapter
+        from alignkit.training.preference import Objective, train_preference
+
+        if config.reference not in ("sft_adapter", "base"):
+            check_adapter(config.reference, config.model)
+        tokenizer = load_tokenizer(config.model)
+        pairs = _encode(config, tokenizer, artifact)
+
+        policy = load_policy(config.model, config.init_adapter, trainable=True)
+        objective = Objective(config.reference, config.beta, config.sft_weight)
+        losses = train_preference(policy, tokenizer, pairs, objective, config.train, config.seed, artifact)
+
+        with artifact.output("adapter") as folder:
+            save_adapter(policy, folder, config.model)
+        artifact.write_rows("loss.jsonl", losses)
+        artifact.metrics.update(pairs=len(pairs))
+        accuracy = artifact.metrics["reward_accuracy"]
+        artifact.summary = f"{len(pairs)} pairs, {accuracy:.0%} ranked right after training"
+    return artifact
+
+
+def _encode(config: DPOConfig, tokenizer: PreTrainedTokenizerBase, artifact: Artifact) -> Sequence[EncodedPair]:
+    """Pairs as token ids; those that cannot be used are dropped with a reason."""
+    from alignkit.data.sources import read_preferences
+
+    pairs, unusable = read_preferences(config.data)
+    for dropped in unusable:
+        artifact.drop(dropped.row, dropped.reason, dropped.detail)
+    encoded = []
+    for pair in pairs:
+        row = _encode_pair(tokenizer, pair, config.model.max_length)
+        if isinstance(row, str):
+            artifact.drop(pair, row)
+        else:
+            encoded.append(row)
+    if not encoded:
+        raise UserError(f"{config.data.path}: no pair can be used; dropped.jsonl says why")
+    return encoded
+
+
+def _encode_pair(tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, max_length: int) -> EncodedPair | str:
+    """A pair as token ids, or the reason to drop it."""
+    from alignkit.data.chat import IGNORED, encode_example
+    from alignkit.training.preference import EncodedPair
+
+    chosen = encode_example(tokenizer, pair.prompt, pair.chosen, max_length)
+    rejected = encode_example(tokenizer, pair.prompt, pair.rejected, max_length)
+    if isinstance(chosen, str):
+        return f"chosen: {chosen}"
+    if isinstance(rejected, str):
+        return f"rejected: {rejected}"
+    if chosen == rejected:
+        return "chosen and rejected are the same tokens"
+    prompt = chosen.labels.count(IGNORED)
+    return EncodedPair(chosen.input_ids[:prompt], chosen.input_ids[prompt:], rejected.input_ids[prompt:])
+
+
+if __name__ == "__main__":
+    from alignkit.core.app import stage_main
+
+    stage_main("dpo")

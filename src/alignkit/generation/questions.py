@@ -1,0 +1,64 @@
+"""Questions as prompts to sample for, and what a set of sampled completions is like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from alignkit.core.config import ModelConfig, RowsConfig, SamplingConfig
+from alignkit.core.errors import UserError
+from alignkit.core.records import CompletionSet, Dropped
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def read_prompts(
+    rows: RowsConfig, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, sampling: SamplingConfig
+) -> tuple[list[CompletionSet], list[Dropped]]:
+    """A set without completions for each question, with its id, its kind and, if known, its answer as the reference.
+
+    Dropped are prompts that the chat template or the tokenizer cannot take, and those that would leave a completion
+    less than `max_new_tokens` of `model.max_length`. Raises `UserError` when none is left.
+    """
+    from alignkit.data.chat import RefusedError, encode_prompt, qa_prompt, special_token_in
+    from alignkit.data.sources import read_questions
+
+    questions, dropped = read_questions(rows)
+    sets: list[CompletionSet] = []
+    for question in questions:
+        prompt = qa_prompt(question)
+        try:
+            length = len(encode_prompt(tokenizer, prompt))
+        except RefusedError as error:
+            dropped.append(Dropped(reason=str(error), row=question.model_dump(exclude_none=True)))
+            continue
+        reason = ""
+        if special := special_token_in(tokenizer, prompt):
+            reason = f"the text holds the special token {special}"
+        elif length + sampling.max_new_tokens > model.max_length:
+            reason = "prompt and max_new_tokens exceed max_length"
+        if reason:
+            detail = f"{length} prompt tokens, max_new_tokens {sampling.max_new_tokens}, max_length {model.max_length}"
+            dropped.append(Dropped(reason=reason, row=question.model_dump(exclude_none=True), detail=detail))
+            continue
+        fields = {"id": question.id, "parents": question.parents, "prompt": prompt, "completions": []}
+        optional = {"reference": question.output or None, "kind": question.kind}
+        sets.append(CompletionSet.model_validate(fields | {key: value for key, value in optional.items() if value}))
+    if not sets:
+        reasons = ", ".join(sorted({each.reason for each in dropped}))
+        raise UserError(f"{rows.path}: no question can be sampled for ({reasons})")
+    return sets, dropped
+
+
+def describe_samples(rows: Sequence[CompletionSet]) -> dict[str, Any]:
+    """Metrics of sampled completions: how many, how many finished, and how varied they are within a prompt."""
+    completions = [completion for row in rows for completion in row.completions]
+    return {
+        "prompts": len(rows),
+        "completions": len(completions),
+        "finished_share": mean(float(completion.finished) for completion in completions),
+        "distinct_share": mean(len({each.text for each in row.completions}) / len(row.completions) for row in rows),
+        "mean_characters": mean(len(completion.text) for completion in completions),
+    }

@@ -1,0 +1,294 @@
+"""Loading: tokenizer, base model (plain or 4-bit), adapter.
+
+Everything that decides how weights come into memory is here, so that training, sampling and scoring hold them alike:
+no remote code, no pickled weights, trainable weights in float32, and an adapter only on the base it was trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+
+from alignkit.core.config import LoraConfig, ModelConfig, Quantization
+from alignkit.core.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+BASE_RECORD = "base.json"
+"""Beside an adapter: which base it was trained on, how that base was held, and a fingerprint of its weights."""
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a missing kernel that nothing here needs
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# -- where and how -----------------------------------------------------------------------------------------------------
+
+
+def embedded_model_dir() -> Path:
+    """The folder of the tiny model that ships with the package."""
+    return Path(__file__).resolve().parent / "tiny" / "weights"
+
+
+def model_source(model: ModelConfig) -> str:
+    """What `from_pretrained` is given: the embedded model's folder, a local folder, or a hub name.
+
+    Raises `UserError` when there is no model there, or one of an architecture that needs remote code.
+    """
+    from transformers import PreTrainedConfig
+
+    source = str(embedded_model_dir()) if model.path == "embedded" else model.path
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(source, revision=model.revision)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.path={model.path}: no model could be read there ({_first_line(error)}). "
+            "Give 'embedded', a folder with config.json and safetensors weights, or a hub name."
+        ) from error
+    if config.get("model_type") == "qwen":
+        raise UserError(
+            f"model.path={model.path}: the first Qwen architecture (model_type 'qwen') cannot be loaded yet. Supported "
+            "are architectures that transformers knows itself, such as qwen2, qwen3, llama and mistral."
+        )
+    return source
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """The dtype of `model.dtype`; `auto` is bfloat16 on a GPU that has it, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    if name not in _DTYPES:
+        raise UserError(f"model.dtype={name}: choose auto, {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer with the chat template, end-of-turn and padding token that the configuration names."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    tokenizer = AutoTokenizer.from_pretrained(model_source(model), revision=model.revision)
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    for key in ("eos_token", "pad_token"):
+        token = getattr(model, key)
+        if token is None:
+            continue
+        if token not in tokenizer.get_vocab():
+            raise UserError(f"model.{key}={token}: not in the vocabulary of {model.path}")
+        setattr(tokenizer, key, token)
+    if model.chat_template is not None:
+        tokenizer.chat_template = _read_template(model.chat_template)
+    if tokenizer.chat_template is None:
+        raise UserError(f"model.chat_template: {model.path} has no chat template; name a .jinja file with one")
+    if tokenizer.pad_token is None:
+        raise UserError(f"model.pad_token: {model.path} has no padding token; name one of its unused special tokens")
+    return tokenizer
+
+
+def load_base(model: ModelConfig) -> PreTrainedModel:
+    """The base model, frozen, in evaluation mode, on the GPU if there is one.
+
+    Only safetensors weights are read (`.bin` files are pickles) and remote code is never run.
+    """
+    from transformers import AutoModelForCausalLM, PreTrainedModel
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    source, dtype = model_source(model), resolve_dtype(model.dtype)
+    keywords: dict[str, Any] = {"dtype": dtype, "attn_implementation": model.attn, "revision": model.revision}
+    if torch.cuda.is_available():
+        keywords["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    if model.quantization is Quantization.nf4:
+        keywords["quantization_config"] = _nf4(dtype)
+    try:
+        base = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=False, **keywords)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path={model.path}: the model could not be loaded ({_first_line(error)})") from error
+    assert isinstance(base, PreTrainedModel)
+    if model.quantization is Quantization.nf4:
+        _keep_4bit_weights_trainable(base)
+    base.requires_grad_(False)
+    base.eval()
+    return base
+
+
+@overload
+def load_policy(model: ModelConfig, adapter: None, *, trainable: bool = False) -> PreTrainedModel: ...
+@overload
+def load_policy(model: ModelConfig, adapter: str, *, trainable: bool = False) -> PeftModel: ...
+@overload
+def load_policy(model: ModelConfig, adapter: str | None, *, trainable: bool = False) -> PreTrainedModel | PeftModel: ...
+def load_policy(model: ModelConfig, adapter: str | None, *, trainable: bool = False) -> PreTrainedModel | PeftModel:
+    """The base with an adapter named "default", or the base alone when `adapter` is None.
+
+    Adapter weights are float32 whatever the base's dtype. Raises `UserError` for a missing adapter and for one that was
+    trained on another base.
+    """
+    if adapter is None:
+        return load_base(model)
+    check_adapter(adapter, model)
+    folder, base = Path(adapter), load_base(model)
+    _refuse_changed_base(folder, model, base)
+
+    from peft import PeftModel
+
+    try:
+        policy = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"adapter {folder} does not fit {model.path} ({_first_line(error)})") from error
+    _refuse_partial_adapter(folder, policy)
+    policy.peft_config["default"].base_model_name_or_path = base.name_or_path
+    return policy
+
+
+def check_adapter(adapter: str, model: ModelConfig) -> None:
+    """Raise `UserError` when there is no adapter, or one that names another base, before anything big is loaded."""
+    folder = Path(adapter)
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).exists():
+            raise UserError(f"adapter {folder}: there is no {name}. Give the adapter/ folder of a training stage.")
+    trained_on = _read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if trained_on != model.path:
+        raise UserError(
+            f"adapter {folder} was trained on the base '{trained_on}', not on '{model.path}'. "
+            "Choose that base with model=... or model.path=..., or give another adapter."
+        )
+
+
+def new_adapter(base: PreTrainedModel, lora: LoraConfig, targets: list[str]) -> PeftModel:
+    """A new low-rank adapter on a base, trainable, float32: A random (seed torch before), B zero.
+
+    `targets` are the names of linear layers, or `["all-linear"]`: all but the output layer.
+    """
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    config = PeftLoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        base_model_name_or_path=base.name_or_path,
+    )
+    try:
+        policy = get_peft_model(base, config)
+    except ValueError as error:
+        raise UserError(f"model.lora_targets={targets}: {_first_line(error)}") from error
+    return policy
+
+
+def save_adapter(policy: PeftModel, folder: Path, model: ModelConfig) -> None:
+    """Write the "default" adapter: adapter_config.json, adapter_model.safetensors and the record of its base.
+
+    The same weights give the same bytes: target modules, a set in memory, are written in order.
+    """
+    policy.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # an unfilled template
+    config = _read_json(folder / ADAPTER_CONFIG)
+    config["base_model_name_or_path"] = model.path
+    config["revision"] = model.revision
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()
+    _write_json(folder / ADAPTER_CONFIG, config)
+    record = {
+        "path": model.path,
+        "revision": model.revision,
+        "quantization": model.quantization.name,
+        "fingerprint": base_fingerprint(policy.get_base_model()),
+    }
+    _write_json(folder / BASE_RECORD, record)
+
+
+def base_fingerprint(base: torch.nn.Module) -> str:
+    """A hash that tells two bases apart: 64 rows of the input embedding, rounded to bfloat16.
+
+    Embeddings are never quantised, and bfloat16 is the coarsest dtype that a base is held in, so the fingerprint is the
+    same however the base was loaded. Adapters do not touch it.
+    """
+    rows = base.get_input_embeddings().weight[:64]  # type: ignore[operator]
+    return hashlib.sha256(rows.detach().to("cpu", torch.bfloat16).view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+# -- inside ------------------------------------------------------------------------------------------------------------
+
+
+def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """4-bit NormalFloat with double quantisation (Dettmers et al., 2023, arXiv 2305.14314)."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def _keep_4bit_weights_trainable(base: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
+
+    There the first forward pass in evaluation mode repacks them for inference for good, and later training passes give
+    wrong adapter gradients without an error.
+    """
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in base.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _refuse_changed_base(folder: Path, model: ModelConfig, base: PreTrainedModel) -> None:
+    """Raise `UserError` when the base has the right name but other weights than the adapter was trained on."""
+    if not (folder / BASE_RECORD).exists():
+        return  # not written by alignkit: the name is all there is
+    if _read_json(folder / BASE_RECORD)["fingerprint"] != base_fingerprint(base):
+        raise UserError(
+            f"adapter {folder} was trained on other weights than '{model.path}' has now. Train the adapter again."
+        )
+
+
+def _refuse_partial_adapter(folder: Path, policy: PeftModel) -> None:
+    """Raise `UserError` when the file lacks matrices that the base needs; PEFT only warns and leaves them random."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        saved = set(file.keys())
+    needed = set(get_peft_model_state_dict(policy, save_embedding_layers=False))
+    if saved != needed:
+        raise UserError(
+            f"adapter {folder} does not fit the base: {len(needed - saved)} of its matrices are missing and "
+            f"{len(saved - needed)} have no place. It was trained on a base of another shape."
+        )
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"model.chat_template={path}: {error.strerror}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    return value
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,246 @@
+"""pipeline: run the stages in order, each in its own process, and end at a report.
+
+Every step is an ordinary stage command with its own run folder, so whatever a pipeline does can be done by hand, and
+whatever is already done is skipped. A step starts when the steps whose outputs it reads have finished; up to `workers`
+steps run side by side. After a kill the same command continues. All configurations are checked before the first step.
+
+Reads:   what the first steps read (the seeds)
+Writes:  runs/<run>/<step>/ for every step, runs/<run>-seed<k>/<step>/ for every replicate; the last step writes
+         runs/<run>/report/report.html
+
+Overrides people use:
+  pipeline=qwen7b         the road on a 24 GB GPU with a real teacher (pipeline=demo: offline, embedded model)
+  run=mine                another run folder
+  replicates=[2,3]        repeat everything with these seeds; the report shows all of them
+  workers=1               one step at a time
+  only=[select,sft]       only these steps (what they read must be there)
+  variables.held_out=x    what a pipeline leaves to you (see the head of its file in conf/pipeline)
+
+Examples:
+  python -m alignkit.pipeline pipeline=demo
+  python -m alignkit.pipeline pipeline=qwen7b run=mine
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from omegaconf import MISSING
+
+from alignkit.core.app import load_config
+from alignkit.core.artifact import Artifact, input_paths, read_manifest
+from alignkit.core.config import StageConfig
+from alignkit.core.errors import UserError
+from alignkit.core.help import stage_keys
+from alignkit.core.stages import default_groups
+
+LOG = logging.getLogger("alignkit")
+
+
+@dataclass
+class StepConfig:
+    """One step: a stage and the overrides it is run with.
+
+    In them `{run}` stands for the run (of the replicate), and `{name}` for the pipeline's variable of that name.
+    """
+
+    stage: str = MISSING
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass
+class PipelineConfig(StageConfig):
+    """What to run. `steps` maps the name of a step, which is also its folder, to what it runs, in reading order."""
+
+    inputs: ClassVar[tuple[str, ...]] = ()
+
+    steps: dict[str, StepConfig] = MISSING
+    variables: dict[str, str] = field(default_factory=dict)
+    """What differs from user to user: paths, the teacher's model."""
+    common: list[str] = field(default_factory=list)
+    """Overrides for every step whose stage has the key: the base model, the hardware, the teacher."""
+    once: list[str] = field(default_factory=lambda: ["report"])
+    """Steps that replicates do not repeat; they start when everything else is done."""
+    replicates: list[int] = field(default_factory=list)
+    """Further seeds with which everything is repeated, in runs/<run>-seed<k>."""
+    workers: int = 1
+    only: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Step:
+    """A step of one replicate, with its composed configuration and the steps it waits for."""
+
+    name: str
+    stage: str
+    overrides: list[str]
+    config: StageConfig
+    needs: set[Path]
+
+    @property
+    def folder(self) -> Path:
+        """Its run folder, which also identifies it."""
+        return Path(self.config.output_dir)
+
+    @property
+    def label(self) -> str:
+        """`<run>/<step>`."""
+        return f"{self.folder.parent.name}/{self.name}"
+
+
+def run(config: PipelineConfig) -> Artifact:
+    """Plan all steps, run them as their inputs become ready, and record what each one cost."""
+    steps = plan(config)
+    with Artifact.open("pipeline", config, always=True) as artifact:
+        began, memory = time.monotonic(), 0
+        print(f"{len(steps)} steps, {config.workers} at a time -> {artifact.folder.parent}", flush=True)
+        for number, (step, peak) in enumerate(execute(steps, config.workers, artifact.folder), start=1):
+            memory = max(memory, peak)
+            print(f"[{number:2d}/{len(steps)}] {describe(step)}", flush=True)
+        artifact.metrics = {
+            "steps": {step.label: (read_manifest(step.folder) or {})["seconds"] for step in steps},
+            "wall_seconds": round(time.monotonic() - began, 1),
+            "peak_memory_bytes": memory,
+        }
+        print(f"done in {time.monotonic() - began:.0f} s, peak memory {memory / 2**30:.2f} GiB (all processes)")
+        for step in steps:
+            if step.stage == "report":
+                print(f"report: {(step.folder / 'report.html').resolve()}")
+    return artifact
+
+
+def plan(config: PipelineConfig) -> list[Step]:
+    """Compose every step's configuration; a step needs each other step whose folder one of its inputs lies in."""
+    unknown = [name for name in config.only if name not in config.steps]
+    if unknown:
+        raise UserError(f"only: no step named {unknown[0]!r}. Steps: {', '.join(config.steps)}")
+    steps: list[Step] = []
+    for seed in [config.seed, *config.replicates]:
+        run_name = config.run if seed == config.seed else f"{config.run}-seed{seed}"
+        for name, entry in config.steps.items():
+            if (config.only and name not in config.only) or (name in config.once and seed != config.seed):
+                continue
+            variables = {"run": run_name, **config.variables}
+            given = [*applicable(entry.stage, config.common), *entry.overrides]
+            own = [fill(override, variables) for override in given]
+            overrides = [f"run={run_name}", f"name={name}", f"seed={seed}", *own]
+            if config.force:
+                overrides.append("force=true")
+            steps.append(Step(name, entry.stage, overrides, load_config(entry.stage, overrides), set()))
+    by_folder = {step.folder: step for step in steps}
+    for step in steps:
+        paths = [Path(path) for _, path in input_paths(step.config)]
+        step.needs = {folder for folder in by_folder for path in paths if path == folder or folder in path.parents}
+        step.needs.discard(step.folder)
+        if step.name in config.once:
+            step.needs = set(by_folder) - {other.folder for other in steps if other.name in config.once}
+    return steps
+
+
+def applicable(stage: str, overrides: list[str]) -> list[str]:
+    """Those of the common overrides whose key or group the stage has."""
+    known = {key.name for key in stage_keys(stage)} | set(default_groups(stage))
+    return [override for override in overrides if override.split("=", 1)[0] in known]
+
+
+def fill(override: str, variables: Mapping[str, str]) -> str:
+    """Put the variables into an override."""
+    for name, value in variables.items():
+        override = override.replace(f"{{{name}}}", value)
+    return override
+
+
+def execute(steps: list[Step], workers: int, logs: Path) -> Iterator[tuple[Step, int]]:
+    """Run the steps in dependency order, yielding each with the peak memory of all processes so far, in bytes.
+
+    Raises `UserError` when a step fails, after the steps beside it have been stopped.
+    """
+    waiting, running, done = list(steps), dict[Path, tuple[Step, subprocess.Popen[bytes]]](), set[Path]()
+    peak = 0
+    try:
+        while waiting or running:
+            for step in [s for s in waiting if s.needs <= done]:
+                if len(running) >= workers:
+                    break
+                waiting.remove(step)
+                if Artifact.open(step.stage, step.config).up_to_date:
+                    done.add(step.folder)
+                    yield step, peak
+                else:
+                    running[step.folder] = (step, start(step, workers, logs))
+            if not running and waiting and not any(s.needs <= done for s in waiting):
+                raise UserError(f"steps wait for each other: {', '.join(step.label for step in waiting)}")
+            time.sleep(0.1)
+            peak = max(peak, resident_bytes([process.pid for _, process in running.values()]))
+            for folder, (step, process) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[folder]
+                if process.returncode != 0:
+                    raise UserError(failure(step, logs, process.returncode))
+                done.add(folder)
+                yield step, peak
+    finally:
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.wait()
+
+
+def start(step: Step, workers: int, logs: Path) -> subprocess.Popen[bytes]:
+    """Start a step as the command a user would type; its output goes to a log beside the pipeline's manifest."""
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    with log_file(step, logs).open("wb") as log:
+        command = [sys.executable, "-m", f"alignkit.{step.stage}", *step.overrides]
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+        )
+
+
+def log_file(step: Step, logs: Path) -> Path:
+    """Where the step's console output goes."""
+    return logs / f"{step.label.replace('/', '-')}.log"
+
+
+def failure(step: Step, logs: Path, code: int) -> str:
+    """What to tell about a failed step: its own error message, and where the rest is."""
+    log = log_file(step, logs)
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    said = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "no output")
+    return f"step {step.label} failed (exit {code}): {said.removeprefix('error: ')} -- whole output: {log}"
+
+
+def describe(step: Step) -> str:
+    """One line: the step, its key metric, its time."""
+    manifest: Mapping[str, Any] = read_manifest(step.folder) or {}
+    return f"{step.label:34s} {manifest.get('seconds', 0):6.1f} s  {manifest.get('summary', '')}"
+
+
+def resident_bytes(pids: list[int]) -> int:
+    """Resident memory of these processes and their children together."""
+    import psutil
+
+    total = 0
+    for pid in [os.getpid(), *pids]:
+        try:
+            process = psutil.Process(pid)
+            family = [process] if pid == os.getpid() else [process, *process.children(recursive=True)]
+            total += sum(member.memory_info().rss for member in family)
+        except psutil.NoSuchProcess:
+            continue
+    return total
+
+
+if __name__ == "__main__":
+    from alignkit.core.app import stage_main
+
+    stage_main("pipeline")

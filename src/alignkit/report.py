@@ -1,0 +1,83 @@
+"""report: one HTML page about a run, made from its manifests; no script, no request, light and dark, any screen.
+
+It says what the held-out scores allow to be said, and no more: a stage whose gain has an interval that contains zero
+did not help. Stages that were not run are named as missing.
+
+Reads:   run_dir                   a run folder: the manifests, loss curves and predictions of its steps
+         replicates                run folders of the same pipeline with other seeds
+Writes:  report.html               the page
+
+Overrides people use:
+  replicates=[runs/demo-seed2]     other seeds, shown beside and pooled
+  run_dir=runs/mine                another run folder
+  controls=[sft_control]           models that are controls, not stages (upper_bounds likewise)
+  titles.dpo="DPO, beta 0.1"       what to call a model
+
+Examples:
+  python -m alignkit.report run=demo
+  python -m alignkit.report run=demo 'replicates=[runs/demo-seed2]'
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from alignkit.core.artifact import Artifact
+from alignkit.core.config import StageConfig
+
+
+@dataclass
+class ReportConfig(StageConfig):
+    """Configuration of `report`."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("manifests",)
+
+    run_dir: str = "runs/${run}"
+    replicates: list[str] = field(default_factory=list)
+    evaluation: str = "evaluate"
+    """Name of the step whose models the page compares."""
+    controls: list[str] = field(default_factory=list)
+    """Models of the evaluation that got equally many steps of ordinary training."""
+    upper_bounds: list[str] = field(default_factory=list)
+    """Models of the evaluation made with help that a real run does not have."""
+    titles: dict[str, str] = field(default_factory=dict)
+    """What to call a model; its own name when it has no entry."""
+
+    @property
+    def manifests(self) -> dict[str, str]:
+        """The manifests of all complete steps: the page is out of date when one of them has changed."""
+        from alignkit.core.manifest import read_manifest
+        from alignkit.reporting.runs import manifests
+
+        paths = [path for folder in (self.run_dir, *self.replicates) for path in manifests(Path(folder))]
+        return {str(path): str(path) for path in paths if (read_manifest(path.parent) or {})["status"] == "complete"}
+
+
+def run(config: ReportConfig) -> Artifact:
+    """Read the runs, pool their evaluations, write the page."""
+    from alignkit.reporting.held_out import Roles, read_held_out
+    from alignkit.reporting.page import render_page
+    from alignkit.reporting.runs import read_run
+
+    runs = [read_run(Path(folder)) for folder in (config.run_dir, *config.replicates)]
+    with Artifact.open("report", config) as artifact:
+        if artifact.up_to_date:
+            return artifact
+        roles = Roles(config.evaluation, config.titles, config.controls, config.upper_bounds)
+        held_out = read_held_out(runs, roles)
+        path = artifact.write_text("report.html", render_page(runs, held_out))
+        artifact.metrics = {
+            "runs": len(runs),
+            "steps": sum(len(each.steps) for each in runs),
+            "missing": runs[0].missing,
+        }
+        artifact.summary = f"{path} ({path.stat().st_size / 1024:.0f} KiB)"
+    return artifact
+
+
+if __name__ == "__main__":
+    from alignkit.core.app import stage_main
+
+    stage_main("report")

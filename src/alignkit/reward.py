@@ -1,0 +1,264 @@
+"""reward: train the reward model on which of a prompt's graded completions are better, and on human preferences.
+
+It is the policy's base and adapter with a linear value head on the last hidden state, read at an answer's end-of-turn
+token. Within a prompt every two completions whose grades differ by min_margin are a pair; rows of hh-rlhf or other
+pairs can be mixed in. A share of prompts is held out, and the accuracy on their pairs is the number to look at. After
+training the saved model is loaded again and must give the same scores.
+
+Reads:   data.path               completions with grades (none: train on preferences alone)
+         preferences.path        preference pairs, ours or hh-rlhf (none: not used)
+         adapter                 the adapter to start from; null starts from the base with a new one
+Writes:  adapter/, value_head.safetensors, reward_config.json     the run folder is the reward model
+         loss.jsonl, dropped.jsonl
+
+Overrides people use:
+  preferences.path=hh-rlhf.jsonl preferences.limit=8000   mix in human preferences
+  min_margin=2                                            only clear differences
+  train.epochs=2 train.learning_rate=2e-4                 how long and how fast
+  held_out_share=0.2                                      prompts kept for measuring
+  adapter=runs/mine/sft/adapter                           where it starts
+
+Examples:
+  python -m alignkit.reward run=demo
+  python -m alignkit.reward +model=qwen7b run=mine preferences.path=hh-rlhf.jsonl hardware=rtx4090_24gb
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Optional
+
+from alignkit.core.artifact import Artifact
+from alignkit.core.config import LoraConfig, ModelConfig, RowsConfig, StageConfig, TrainConfig
+from alignkit.core.errors import UserError
+from alignkit.core.records import Dropped
+
+if TYPE_CHECKING:
+    from alignkit.models.reward_model import RewardModel
+    from alignkit.training.reward import EncodedGroup
+    from alignkit.training.reward_data import AnswerGroup
+
+LOG = logging.getLogger("alignkit")
+
+NONE = "none"
+CHECKED_CONVERSATIONS = 64
+"""How many are scored again by the model that was saved."""
+RELOAD_TOLERANCE = 1e-5
+NEIGHBOUR_TOLERANCE = {"torch.float32": 1e-4, "torch.bfloat16": 0.2, "torch.float16": 0.05}
+"""How much a score may change with what else is in the batch: rounding only, by the base's dtype."""
+
+
+@dataclass
+class RewardConfig(StageConfig):
+    """Configuration of `reward`."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("data.path", "preferences.path", "adapter")
+
+    data: RowsConfig = field(default_factory=RowsConfig)
+    preferences: RowsConfig = field(default_factory=lambda: RowsConfig(path=NONE, limit=8000))
+    adapter: Optional[str] = None  # noqa: UP045
+    """Start from this adapter; its rank and dropout then count, not those of `lora`."""
+    held_out_share: float = 0.1
+    """Share of each source's prompts that is not trained on."""
+    min_margin: float = 1.0
+    """Smallest difference of two grades that makes a pair."""
+    pairs_per_prompt: int = 16
+    margin_weight: float = 0.0
+    """Demand a score difference of this times the difference of the grades."""
+    regress_weight: float = 0.0
+    """Weight of an additional loss that pulls scores to the standardised grades themselves."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def run(config: RewardConfig) -> Artifact:
+    """Build pairs, hold prompts out, train, measure, save, and check that what was saved scores the same."""
+    if not 0 <= config.held_out_share < 1:
+        raise UserError(f"held_out_share={config.held_out_share}: must be at least 0 and below 1")
+    with Artifact.open("reward", config) as artifact:
+        if artifact.up_to_date:
+            return artifact
+        from alignkit.models.loading import load_tokenizer
+        from alignkit.training.reward import Objective, train_reward_model
+        from alignkit.training.reward_data import split_by_prompt
+
+        groups = read_groups(config, artifact)
+        train_groups, held_out_groups = split_by_prompt(groups, config.held_out_share, config.seed)
+        tokenizer = load_tokenizer(config.model)
+        train = encode(config, tokenizer, train_groups, train_groups, artifact)
+        held_out = encode(config, tokenizer, held_out_groups, train_groups, artifact)
+
+        reward_model = starting_model(config, tokenizer)
+        objective = Objective(config.margin_weight, config.regress_weight)
+        losses = train_reward_model(reward_model, train, objective, config.train, config.seed, artifact)
+
+        train_scores, held_out_scores = (
+            reward_model.raw_scores([each.tokens for each in encoded]) for encoded in (train, held_out)
+        )
+        reward_model.centre([score for scores in train_scores for score in scores])
+        artifact.metrics |= {
+            "train_prompts": len(train),
+            "train_pairs": sum(len(group.comparisons) for group in train),
+            "held_out_prompts": len(held_out),
+            "held_out_pairs": sum(len(group.comparisons) for group in held_out),
+            "train_accuracy": accuracy(train, train_scores),
+            "held_out_accuracy": accuracy(held_out, held_out_scores),
+        }
+        save(reward_model, artifact)
+        artifact.write_rows("loss.jsonl", losses)
+        check_saved(reward_model, held_out_groups or train_groups, artifact)
+        artifact.summary = summary(artifact.metrics)
+    return artifact
+
+
+def read_groups(config: RewardConfig, artifact: Artifact) -> list[AnswerGroup]:
+    """Prompts with their answers and comparisons, from graded completions and from preference pairs."""
+    from alignkit.data.sources import read_completions, read_preferences
+    from alignkit.training.reward_data import groups_from_grades, groups_from_preferences
+
+    groups: list[AnswerGroup] = []
+    dropped: list[Dropped] = []
+    if config.data.path != NONE:
+        rows, unusable = read_completions(config.data)
+        graded, without_pair = groups_from_grades(
+            rows, min_margin=config.min_margin, pairs_per_prompt=config.pairs_per_prompt, seed=config.seed
+        )
+        groups += graded
+        dropped += unusable + without_pair
+    if config.preferences.path != NONE:
+        pairs, unusable = read_preferences(config.preferences)
+        preferred, malformed = groups_from_preferences(pairs)
+        groups += preferred
+        dropped += unusable + malformed
+    for each in dropped:
+        artifact.drop(each.row, each.reason, each.detail)
+    if not groups:
+        raise UserError(
+            "there is no pair to learn from: give data.path (completions whose scores differ by min_margin) "
+            "or preferences.path; dropped.jsonl has the rows that could not be used"
+        )
+    return groups
+
+
+def encode(
+    config: RewardConfig,
+    tokenizer: Any,
+    groups: Sequence[AnswerGroup],
+    train_groups: Sequence[AnswerGroup],
+    artifact: Artifact,
+) -> list[EncodedGroup]:
+    """Groups as tokens. Targets are grades standardised by those of the training groups."""
+    from alignkit.training.reward import encode_group
+    from alignkit.training.reward_data import grade_statistics
+
+    mean, deviation = grade_statistics(train_groups)
+    encoded = []
+    for group in groups:
+        row, unreadable = encode_group(tokenizer, group, config.model.max_length, mean, deviation)
+        for answer, reason in unreadable.items():
+            prompt = [message.model_dump() for message in group.prompt]
+            artifact.drop({"id": group.id, "prompt": prompt, "answer": answer}, reason.split(" (")[0], reason)
+        if row is not None:
+            encoded.append(row)
+    if groups and not encoded:
+        raise UserError("no pair fits model.max_length (see dropped.jsonl)")
+    return encoded
+
+
+def starting_model(config: RewardConfig, tokenizer: Any) -> RewardModel:
+    """The policy, or the base with a new adapter, with an untrained value head."""
+    import torch
+
+    from alignkit.models.loading import load_base, load_policy, new_adapter
+    from alignkit.models.reward_model import RewardModel
+    from alignkit.models.value_head import ValueHeadModel
+
+    torch.manual_seed(config.seed)
+    if config.adapter is None:
+        policy: Any = new_adapter(load_base(config.model), config.lora, config.model.lora_targets)
+    else:
+        policy = load_policy(config.model, config.adapter, trainable=True)
+    return RewardModel(ValueHeadModel(policy), tokenizer, config.model)
+
+
+def accuracy(groups: Sequence[EncodedGroup], scores: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Share of pairs whose better answer scores higher: under "all", by source, and by the grade of the worse answer.
+
+    The last tells which mistakes the reward model sees, since a rubric grades a kind of mistake alike. With one pair a
+    prompt the interval is Wilson's. Several pairs of a prompt share answers and go right or wrong together, so there
+    whole prompts are resampled.
+    """
+    from alignkit.evaluation.statistics import bootstrap_mean, wilson
+    from alignkit.training.reward import ranked_right
+
+    outcomes: dict[str, list[tuple[str, bool]]] = {"all": []}
+    for number, (group, right) in enumerate(zip(groups, ranked_right(groups, scores), strict=True)):
+        for comparison, is_right in zip(group.comparisons, right, strict=True):
+            grade = group.grades[comparison.worse]
+            names = ["all", group.source, *([] if grade is None else [f"worse answer graded {round(grade)}"])]
+            for name in names:
+                outcomes.setdefault(name, []).append((str(number), is_right))
+    found: dict[str, Any] = {}
+    for name, pairs in outcomes.items():
+        prompts = [prompt for prompt, _ in pairs]
+        if len(set(prompts)) < len(pairs):
+            found[name] = bootstrap_mean([float(right) for _, right in pairs], prompts)
+        elif pairs:
+            found[name] = wilson(sum(right for _, right in pairs), len(pairs))
+    return found
+
+
+def save(reward_model: RewardModel, artifact: Artifact) -> None:
+    """Write the reward model into the run folder; each of its parts appears whole or not at all."""
+    from alignkit.models.reward_model import ADAPTER_FOLDER, CONFIG_FILE, HEAD_FILE
+
+    staging = artifact.work_folder / "reward_model"
+    reward_model.save_pretrained(staging)
+    for name in (ADAPTER_FOLDER, HEAD_FILE, CONFIG_FILE):
+        with artifact.output(name) as path:
+            (staging / name).rename(path)
+
+
+def check_saved(reward_model: RewardModel, groups: Sequence[AnswerGroup], artifact: Artifact) -> None:
+    """The saved model, loaded again, scores like the one in memory; and a score depends on its conversation alone."""
+    from alignkit.core.records import Message
+    from alignkit.models.reward_model import RewardModel as Saved
+
+    conversations = [
+        [*group.prompt, Message(role="assistant", content=answer)] for group in groups for answer in group.answers
+    ][:CHECKED_CONVERSATIONS]
+    saved = Saved.from_pretrained(artifact.folder)
+    scores = saved.scores_or_reasons(conversations)
+    reload = largest_difference(reward_model.scores_or_reasons(conversations), scores)
+    detail = f"largest difference {reload:.1e} over {len(conversations)} conversations"
+    artifact.check("saved_scores_equal", reload <= RELOAD_TOLERANCE, detail)
+    alone = [saved.scores_or_reasons([conversation])[0] for conversation in conversations]
+    tolerance = NEIGHBOUR_TOLERANCE[str(saved.module.policy.dtype)]
+    neighbours = largest_difference(scores, alone)
+    detail = f"scored alone and together: largest difference {neighbours:.1e}, rounding allows {tolerance:g}"
+    artifact.check("scores_need_no_neighbours", neighbours <= tolerance, detail)
+
+
+def largest_difference(first: Sequence[float | str], second: Sequence[float | str]) -> float:
+    """Of two lists of scores; infinite where one has a score and the other a reason."""
+    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a != b]
+    return max(
+        (abs(a - b) if isinstance(a, float) and isinstance(b, float) else float("inf") for a, b in pairs), default=0.0
+    )
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """The key figure in a few words."""
+    found = metrics["held_out_accuracy"].get("all")
+    if found is None:
+        return "no held-out pairs"
+    return f"held-out pair accuracy {found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+
+
+if __name__ == "__main__":
+    from alignkit.core.app import stage_main
+
+    stage_main("reward")

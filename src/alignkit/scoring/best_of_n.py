@@ -1,0 +1,67 @@
+"""Best of n: what to choose among n scored completions of a prompt, and what choosing among more of them is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from math import comb
+
+from alignkit.core.records import Completion
+
+
+def scored(completions: Sequence[Completion]) -> list[Completion]:
+    """The completions that may be chosen or rejected: finished ones that have a score."""
+    return [completion for completion in completions if completion.finished and completion.score is not None]
+
+
+def best(completions: Sequence[Completion]) -> Completion | None:
+    """The finished completion with the highest score, the first of equals; None when there is none."""
+    return max(scored(completions), key=_score, default=None)
+
+
+def worst(completions: Sequence[Completion]) -> Completion | None:
+    """The finished completion with the lowest score, the first of equals; None when there is none."""
+    return min(scored(completions), key=_score, default=None)
+
+
+def expected_best(scores: Sequence[float], k: int, values: Sequence[float] | None = None) -> float:
+    """Mean, over all ways to draw `k` of these completions, of the value of the one with the highest score.
+
+    This is the unbiased estimate of best-of-k from N >= k samples. With s_1 <= ... <= s_N, the i-th is the best of
+    C(i - 1, k - 1) of the C(N, k) subsets, so
+
+        sum_{i=k..N} C(i - 1, k - 1) / C(N, k) * v_i.
+
+    `values` (v) are the scores themselves unless given: with the grades of another judge the result is what that judge
+    thinks of the best by these scores. Among equal scores each counts with their mean value, as if one of them were
+    chosen at random. With fewer than `k` completions all are drawn.
+    """
+    count = len(scores)
+    k = min(k, count)
+    ranked = sorted(zip(scores, scores if values is None else values, strict=True))
+    total, place = 0.0, 0
+    for _, tied in groupby(ranked, key=lambda pair: pair[0]):
+        group = [value for _, value in tied]
+        weight = sum(comb(i, k - 1) for i in range(place, place + len(group)))
+        total += weight * sum(group) / len(group)
+        place += len(group)
+    return total / comb(count, k)
+
+
+def powers_of_two(largest: int) -> list[int]:
+    """1, 2, 4, ... up to `largest`, and `largest` itself."""
+    return [*(1 << power for power in range(largest.bit_length()) if 1 << power < largest), largest]
+
+
+def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Pearson's correlation; None when either does not vary."""
+    import numpy as np
+
+    if len(x) < 2 or len(set(x)) == 1 or len(set(y)) == 1:
+        return None
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def _score(completion: Completion) -> float:
+    assert completion.score is not None
+    return completion.score

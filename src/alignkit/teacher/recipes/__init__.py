@@ -1,0 +1,1 @@
+"""Recipes: what to ask the teacher, and how to read its answer."""

@@ -1,0 +1,72 @@
+"""From a `TrainConfig` to the arguments that every trainer of transformers and TRL shares."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from alignkit.core.config import TrainConfig
+from alignkit.core.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+A = TypeVar("A", bound="TrainingArguments")
+
+
+def optimizer_steps(rows: int, train: TrainConfig) -> int:
+    """How many optimizer steps training on `rows` rows takes."""
+    if train.max_steps > 0:
+        return train.max_steps
+    batches = math.ceil(rows / (train.batch_size * int(os.environ.get("WORLD_SIZE", "1"))))
+    return math.ceil(train.epochs * math.ceil(batches / train.gradient_accumulation))
+
+
+def trainer_arguments(
+    kind: type[A], train: TrainConfig, folder: Path, *, rows: int, seed: int, dtype: torch.dtype, **special: Any
+) -> A:
+    """Arguments of class `kind` (SFTConfig, DPOConfig, TrainingArguments, ...) for training on `rows` rows.
+
+    `dtype` is the base model's: on a GPU it decides the autocast dtype. `special` are the arguments of `kind` alone.
+    Checkpoints go to `folder` every `save_steps` steps, rounded up to a multiple of `logging_steps`: logged values are
+    means since the last line, so only between lines can a run be cut in two and give the same lines. The last steps are
+    not saved, the finished model is. Raises `UserError` for values that the trainer refuses.
+    """
+    on_gpu = torch.cuda.is_available()
+    try:
+        return kind(
+            output_dir=str(folder),
+            seed=seed,
+            data_seed=seed,
+            learning_rate=train.learning_rate,
+            num_train_epochs=train.epochs,
+            max_steps=train.max_steps,
+            per_device_train_batch_size=train.batch_size,
+            per_device_eval_batch_size=train.batch_size,
+            gradient_accumulation_steps=train.gradient_accumulation,
+            warmup_steps=int(train.warmup_share * optimizer_steps(rows, train)),
+            lr_scheduler_type=train.scheduler,
+            weight_decay=train.weight_decay,
+            max_grad_norm=train.max_grad_norm,
+            optim=train.optimizer,
+            activation_checkpointing=train.gradient_checkpointing,
+            logging_steps=train.logging_steps,
+            logging_first_step=True,
+            logging_nan_inf_filter=False,
+            save_steps=math.ceil(train.save_steps / train.logging_steps) * train.logging_steps,
+            save_total_limit=2,
+            eval_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=not on_gpu,
+            bf16=on_gpu and dtype == torch.bfloat16,
+            fp16=on_gpu and dtype == torch.float16,
+            dataloader_pin_memory=on_gpu,
+            **special,
+        )
+    except ValueError as error:
+        raise UserError(f"train: {str(error).splitlines()[0]}") from error

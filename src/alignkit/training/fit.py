@@ -1,0 +1,97 @@
+"""Running a trainer to its end: the part that is the same for every objective."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from alignkit.core.artifact import Artifact
+from alignkit.training.callbacks import AdapterMoved, SealCheckpoints, StepReport
+from alignkit.training.checkpoints import newest_intact
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+LOG = logging.getLogger("alignkit")
+
+_LOSS_FIELDS = {
+    "loss": "loss",
+    "learning_rate": "learning_rate",
+    "grad_norm": "gradient_norm",
+    "mean_token_accuracy": "token_accuracy",
+    "rewards/chosen": "chosen_reward",
+    "rewards/rejected": "rejected_reward",
+    "rewards/accuracies": "reward_accuracy",
+    "logps/chosen": "chosen_log_prob",
+    "logps/rejected": "rejected_log_prob",
+}
+"""What a trainer logs -> what a row of loss.jsonl calls it."""
+
+
+@contextmanager
+def trainable_in_float32(policy: torch.nn.Module, artifact: Artifact) -> Iterator[None]:
+    """Build a trainer inside this block: trainable weights come out of it as they went in, and that is checked.
+
+    TRL casts them to bfloat16 over a 4-bit base. Steps of 1e-6 on weights of 5e-3 are below bfloat16's resolution:
+    hardly any weight would ever change, and a continued adapter would be rounded before its first step.
+    """
+    weights = {name: weight.data for name, weight in policy.named_parameters() if weight.requires_grad}
+    count = sum(weight.numel() for weight in weights.values())
+    detail = f"{count:,} in {len(weights)} matrices" if count else "none: the adapter is frozen"
+    artifact.check("trainable_parameters", count > 0, detail)
+    yield
+    for name, weight in policy.named_parameters():
+        if name in weights:
+            weight.data = weights[name].to(weight.device, torch.float32)
+    dtypes = sorted({str(weight.dtype) for weight in policy.parameters() if weight.requires_grad})
+    artifact.check("trainable_in_float32", dtypes == ["torch.float32"], ", ".join(dtypes))
+    artifact.metrics["trainable_parameters"] = count
+
+
+def fit(trainer: Trainer, artifact: Artifact, description: str) -> list[dict[str, float]]:
+    """Train to the end and return the rows of loss.jsonl: `step`, `epoch`, `loss` and what else the objective logs.
+
+    Continues from the newest intact checkpoint in the trainer's output folder, if there is one, with optimizer, random
+    state and data order, so that the result is that of an uninterrupted run.
+    """
+    from transformers import PrinterCallback
+
+    policy = trainer.model
+    assert policy is not None
+    trainer.remove_callback(PrinterCallback)
+    for callback in (
+        AdapterMoved(policy, artifact.check),
+        StepReport(description, artifact.check),
+        SealCheckpoints(),
+    ):
+        trainer.add_callback(callback)
+    checkpoint = newest_intact(Path(str(trainer.args.output_dir)))
+    continued_from = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
+    if continued_from:
+        LOG.info("%s: continues from step %d", description, continued_from)
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    policy.eval()
+    losses = [_loss_row(entry) for entry in trainer.state.log_history if "loss" in entry]
+    artifact.metrics.update(
+        steps=trainer.state.global_step,
+        continued_from_step=continued_from,
+        first_loss=losses[0]["loss"],
+        last_loss=losses[-1]["loss"],
+        training_seconds=round(time.monotonic() - started, 2),
+    )
+    LOG.info(
+        "%s: %d steps, loss %.4f -> %.4f", description, trainer.state.global_step, losses[0]["loss"], losses[-1]["loss"]
+    )
+    return losses
+
+
+def _loss_row(entry: dict[str, Any]) -> dict[str, float]:
+    row = {"step": entry["step"], "epoch": round(entry["epoch"], 4)}
+    return row | {ours: entry[theirs] for theirs, ours in _LOSS_FIELDS.items() if theirs in entry}

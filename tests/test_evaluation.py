@@ -1,0 +1,222 @@
+"""Metrics, intervals and tests of differences, with values derived by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alignkit.core.records import QAExample
+from alignkit.data.chat import qa_prompt
+from alignkit.evaluation.leakage import find_leakage
+from alignkit.evaluation.metrics import exact_match, token_f1, verdict_is_right
+from alignkit.evaluation.predictions import Prediction, breakdown, compare, score_answer, summarise
+from alignkit.evaluation.statistics import balanced_accuracy, bootstrap_mean, mcnemar_p, wilson
+
+# -- one answer ------------------------------------------------------------------------------------------------------
+
+
+def test_exact_match_squeezes_white_space_and_nothing_else() -> None:
+    assert exact_match(" The day is\n Monday. ", "The day is Monday.")
+    assert not exact_match("the day is Monday.", "The day is Monday.")
+    assert not exact_match("The day is Monday", "The day is Monday.")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("a b c", "a b c", 1),
+        ("A, b; c!", "a b c", 1),
+        ("a b", "a b c d", 2 * 2 / 6),  # precision 1, recall 1/2
+        ("a a a", "a b", 2 * 1 / 5),  # the second and third a have no partner
+        ("x", "y", 0),
+        ("", "", 1),
+        ("", "y", 0),
+        ("会议在周一", "会议在周二", 2 * 4 / 10),  # by character
+        ("der größere Hund", "der GRÖSSERE Hund", 1),
+        ("größer", "großer", 0),
+    ],
+)
+def test_token_f1_by_hand(answer: str, reference: str, expected: float) -> None:
+    assert token_f1(answer, reference) == pytest.approx(expected)
+    assert token_f1(reference, answer) == pytest.approx(expected)
+
+
+def test_verdicts_count_only_where_the_reference_has_one() -> None:
+    assert verdict_is_right("It is Ferro, so no.", "It is Zudico, so no.") is True
+    assert verdict_is_right("It is Ferro, so yes.", "It is Zudico, so no.") is False
+    assert verdict_is_right("The statement does not say.", "It is Zudico, so no.") is False
+    assert verdict_is_right("so yes.", "The statement does not say.") is None
+    assert verdict_is_right("so yes.", "The seat of Fikico is Padera.") is None
+
+
+# -- intervals -------------------------------------------------------------------------------------------------------
+
+
+def test_wilson_by_hand() -> None:
+    """27 of 30 with z = 1.959964: centre 0.9 + 3.841459 / 60 = 0.9640243, half width 1.959964 * sqrt(0.09 / 30 +
+    3.841459 / 3600) = 0.1249941, both over 1 + 3.841459 / 30 = 1.1280486."""
+    estimate = wilson(27, 30)
+    assert (estimate["mean"], estimate["n"]) == (0.9, 30)
+    assert estimate["low"] == pytest.approx((0.9640243 - 0.1249941) / 1.1280486, abs=1e-5)
+    assert estimate["high"] == pytest.approx((0.9640243 + 0.1249941) / 1.1280486, abs=1e-5)
+
+
+def test_wilson_at_the_ends() -> None:
+    assert wilson(0, 20)["low"] == 0
+    assert wilson(20, 20)["high"] == 1
+    assert wilson(0, 20)["high"] == pytest.approx(1 - wilson(20, 20)["low"])
+    assert wilson(0, 20)["high"] > 0.1  # twenty failures do not prove that it never succeeds
+    for impossible in ((0, 0), (3, 2), (-1, 2)):
+        with pytest.raises(ValueError, match="no proportion"):
+            wilson(*impossible)
+
+
+def test_bootstrap_agrees_with_the_normal_interval_of_a_large_sample() -> None:
+    values = np.random.default_rng(0).normal(3, 2, size=900)
+    estimate = bootstrap_mean(list(values))
+    half = 1.96 * values.std() / 30
+    assert estimate["mean"] == pytest.approx(values.mean())
+    assert estimate["low"] == pytest.approx(values.mean() - half, abs=0.02)
+    assert estimate["high"] == pytest.approx(values.mean() + half, abs=0.02)
+
+
+def test_bootstrap_is_seeded_and_draws_groups_whole() -> None:
+    values = list(np.random.default_rng(1).normal(size=20))
+    assert bootstrap_mean(values, seed=4) == bootstrap_mean(values, seed=4) != bootstrap_mean(values, seed=5)
+    repeated = [value for value in values for _ in range(10)]
+    groups = [f"statement {i:02d}" for i in range(20) for _ in range(10)]
+    grouped, alone = bootstrap_mean(repeated, groups, seed=4), bootstrap_mean(values, seed=4)
+    assert (grouped["low"], grouped["high"]) == pytest.approx((alone["low"], alone["high"]))  # ten copies add nothing
+    assert bootstrap_mean(repeated, seed=4)["low"] > alone["low"] + 0.1  # taken one by one they would seem to
+    with pytest.raises(ValueError, match="no values"):
+        bootstrap_mean([])
+
+
+def test_balanced_accuracy_sees_through_always_yes() -> None:
+    """Always "yes" on 90 true yes and 10 true no is right 90 times in 100 and balanced 0.5."""
+    assert balanced_accuracy([1.0] * 90, [0.0] * 10)["mean"] == 0.5
+    estimate = balanced_accuracy([1, 1, 1, 0], [1, 0])
+    assert estimate["mean"] == pytest.approx((0.75 + 0.5) / 2)
+    assert estimate["n"] == 6
+    assert estimate["low"] < 0.5 < 0.7 < estimate["high"]
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "p"),
+    [
+        (5, 1, 2 * (1 + 6) / 64),  # P(X <= 1) of six fair coins, twice
+        (1, 5, 2 * (1 + 6) / 64),
+        (10, 0, 2 / 1024),
+        (3, 3, 1),
+        (0, 0, 1),
+    ],
+)
+def test_mcnemar_by_hand(gained: int, lost: int, p: float) -> None:
+    assert mcnemar_p(gained, lost) == pytest.approx(p)
+
+
+def test_mcnemar_of_many_rows_does_not_overflow() -> None:
+    assert 0 < mcnemar_p(2100, 1900) < 0.002
+
+
+# -- many answers ----------------------------------------------------------------------------------------------------
+
+
+def prediction(number: int, reference: str, old: str, new: str, **tags: str | bool) -> Prediction:
+    answers = {
+        "old": score_answer(old, reference, finished=True, judge=4.0),
+        "new": score_answer(new, reference, finished=False, judge=None if number == 0 else 9.0),
+    }
+    fields = {"id": f"q{number}", "instruction": f"s{number}", "input": "?", "reference": reference, "answers": answers}
+    return Prediction.model_validate({**fields, **tags})
+
+
+ROWS = [
+    prediction(0, "It is red, so yes.", "It is red, so no.", "It is red, so yes.", form="yes", held_out_name=True),
+    prediction(1, "It is red, so no.", "It is red, so no.", "It is red, so no.", form="no", held_out_name=False),
+    prediction(2, "It is red, so no.", "It is red, so no.", "It is red, so yes.", form="no", held_out_name=False),
+    prediction(3, "The colour is red.", "The colour is blue.", "The colour is red.", form="value", held_out_name=False),
+]
+
+
+def test_summary_of_a_model() -> None:
+    summary = summarise(ROWS, "new")
+    assert summary["exact_match"] == wilson(3, 4)
+    assert summary["finished"] == wilson(0, 4)
+    assert summary["balanced_verdict_accuracy"]["mean"] == (1 + 0.5) / 2
+    assert (summary["judge"]["mean"], summary["judge"]["n"]) == (9, 3)  # one row has no grade: it is not a zero
+    assert summary["words"]["mean"] == (5 + 5 + 5 + 4) / 4
+    assert summary["exact_match_by"]["form"]["no"] == wilson(1, 2)
+    assert "kind" not in summary["exact_match_by"]
+
+
+def test_breakdown_adds_up() -> None:
+    table = breakdown(ROWS, "old")
+    assert table["held_out_name"] == {"True": wilson(0, 1), "False": wilson(2, 3)}
+    assert sum(estimate["n"] for estimate in table["form"].values()) == 4
+
+
+def test_comparison_is_paired() -> None:
+    comparison = compare(ROWS, "new", "old")
+    assert (comparison["gained"], comparison["lost"]) == (2, 1)
+    assert comparison["mcnemar_p"] == 1
+    assert comparison["exact_match"]["mean"] == pytest.approx(1 / 4)
+    assert (comparison["judge"]["mean"], comparison["judge"]["n"]) == (5, 3)
+    swapped = compare(ROWS, "old", "new")
+    assert swapped["exact_match"]["mean"] == pytest.approx(-1 / 4)
+    assert swapped["exact_match"]["low"] == pytest.approx(-comparison["exact_match"]["high"], abs=0.26)
+
+
+def test_a_model_against_itself_has_gained_exactly_nothing() -> None:
+    comparison = compare(ROWS, "old", "old")
+    assert comparison["exact_match"] == {"mean": 0, "low": 0, "high": 0, "n": 4}
+
+
+def test_predictions_survive_their_file() -> None:
+    assert [Prediction.model_validate_json(row.model_dump_json()) for row in ROWS] == ROWS
+
+
+# -- leakage ---------------------------------------------------------------------------------------------------------
+
+
+def write_step(folder: Path, inputs: list[Path]) -> Path:
+    """A run folder with an adapter that was trained on these inputs."""
+    (folder / "adapter").mkdir(parents=True)
+    entries = [{"key": "data.path", "path": str(path), "rows": None if path.is_dir() else 1} for path in inputs]
+    manifest = {"stage": "sft", "status": "complete", "fingerprint": "", "inputs": entries, "outputs": []}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return folder / "adapter"
+
+
+def test_leakage_is_found_in_every_kind_of_training_row_and_every_ancestor(tmp_path: Path) -> None:
+    examples = [QAExample(id=f"t{i}", instruction=f"Statement {i}.", input="Who?", output="X") for i in range(5)]
+    turns = [[message.model_dump() for message in qa_prompt(example)] for example in examples]
+    answer = {"role": "assistant", "content": "X"}
+    rows = {
+        "qa": {"id": "a", "instruction": "Statement 0.", "input": "Who?", "output": "Y"},
+        "chat": {"id": "b", "prompt": turns[1], "completion": [answer]},
+        "messages": {"id": "c", "messages": [*turns[2], answer]},
+        "clean": {"id": "d", "instruction": "Statement 3.", "input": "Where?", "output": "X"},
+    }
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    first = write_step(tmp_path / "sft", [tmp_path / "qa.jsonl", tmp_path / "clean.jsonl"])
+    second = write_step(tmp_path / "dpo", [tmp_path / "chat.jsonl", tmp_path / "messages.jsonl", first])
+
+    assert find_leakage(examples, [str(first)]).rows == {"t0"}
+    leakage = find_leakage(examples, [str(second), str(first)])
+    assert leakage.rows == {"t0", "t1", "t2"}
+    assert len(leakage.files) == 4
+    assert leakage.unknown == set()
+
+
+def test_an_adapter_of_unknown_origin_is_said_to_be_one(tmp_path: Path) -> None:
+    example = QAExample(id="t", instruction="Statement.", input="Who?", output="X")
+    adapter = str(tmp_path / "adapter")
+    gone = write_step(tmp_path / "sft", [tmp_path / "gone.jsonl"])
+    leakage = find_leakage([example], [adapter, str(gone)])
+    assert leakage.rows == set()
+    assert leakage.unknown == {adapter, str(tmp_path / "gone.jsonl")}

@@ -1,0 +1,134 @@
+"""The pipeline: order, skipping, resumption, and one real run of it in small."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from smoke import ENVIRONMENT, pipeline
+
+from alignkit.core.app import load_config
+from alignkit.core.errors import UserError
+from alignkit.pipeline import plan
+
+STEPS = ["expand", "select", "questions", "sft", "sample", "judge", "reward", "rejection_sampling", "sft_best", "dpo",
+         "evaluate", "report"]  # fmt: skip
+FAST = ["only=[expand,select,questions]"]
+"""Steps without torch."""
+
+
+def needs(*overrides: str) -> dict[str, set[str]]:
+    steps = plan(load_config("pipeline", list(overrides)))
+    return {step.label: {f"{folder.parent.name}/{folder.name}" for folder in step.needs} for step in steps}
+
+
+def test_a_step_needs_the_steps_whose_files_it_reads() -> None:
+    found = needs("pipeline=demo", "replicates=[]")
+    assert found["demo/expand"] == set()
+    assert found["demo/sft"] == {"demo/select"}
+    assert found["demo/reward"] == {"demo/judge", "demo/sft"}
+    assert found["demo/dpo"] == {"demo/version_pairs", "demo/sft_best"}
+
+
+def test_replicates_read_their_own_files_and_the_report_waits_for_all() -> None:
+    found = needs("pipeline=demo", "run=r", "seed=3", "replicates=[5]")
+    assert found["r-seed5/sft"] == {"r-seed5/select"}
+    assert found["r-seed5/version_pairs"] == {f"r-seed5/{name}" for name in ("questions", "sft", "sft_best", "reward")}
+    assert "r-seed5/report" not in found
+    assert found["r/report"] == set(found) - {"r/report"}
+    seeds = {
+        step.label: step.config.seed for step in plan(load_config("pipeline", ["run=r", "seed=3", "replicates=[5]"]))
+    }
+    assert (seeds["r/sft"], seeds["r-seed5/sft"]) == (3, 5)
+
+
+def test_the_qwen_pipeline_gives_model_hardware_and_teacher_to_the_stages_that_have_them() -> None:
+    given = ["pipeline=qwen7b", "variables.teacher_model=some-model", "variables.held_out=held_out.jsonl"]
+    steps = {step.name: step.config for step in plan(load_config("pipeline", given))}
+    assert steps["sft"].model.name == "qwen7b"  # type: ignore[attr-defined]
+    assert steps["sft"].train.gradient_accumulation == 8  # type: ignore[attr-defined]
+    assert steps["judge"].teacher.model == "some-model"  # type: ignore[attr-defined]
+    assert steps["evaluate"].data.path == "held_out.jsonl"  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"variables\.held_out"):
+        load_config("pipeline", given[:2])
+
+
+def test_an_unknown_step_and_a_typo_in_a_step_are_named_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no step named 'sfd'"):
+        needs("only=[sfd]")
+    done = pipeline(tmp_path, "steps.sft.overrides=[train.learning_rat=1]")
+    assert done.returncode == 2
+    assert "train.learning_rate" in done.stderr
+    assert not (tmp_path / "runs" / "demo" / "expand").exists()
+
+
+def test_finished_steps_are_skipped_and_a_changed_one_is_done_again(tmp_path: Path) -> None:
+    assert pipeline(tmp_path, *FAST).returncode == 0
+    manifest = tmp_path / "runs/demo/expand/manifest.json"
+    before = manifest.stat().st_mtime_ns
+    again = pipeline(tmp_path, *FAST)
+    assert again.returncode == 0
+    assert manifest.stat().st_mtime_ns == before
+    changed = pipeline(tmp_path, *FAST, "steps.select.overrides=[k=20]")
+    assert changed.returncode == 0
+    assert manifest.stat().st_mtime_ns == before
+    assert len((tmp_path / "runs/demo/select/selected.jsonl").read_text().splitlines()) == 20
+
+
+def test_a_failed_step_says_why_and_where(tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_text('{"id": "a", "instruc\n', encoding="utf-8")
+    done = pipeline(tmp_path, *FAST, "steps.expand.overrides=[seeds.path=broken.jsonl]")
+    assert done.returncode == 2
+    assert re.search(r"demo/expand failed .*broken\.jsonl:1", done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_killed_pipeline_continues(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-m", "alignkit.pipeline", "pipeline=smoke", "run=demo", *FAST]
+    process = subprocess.Popen(arguments, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "runs/demo/expand/manifest.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) in (130, 0)
+    assert pipeline(tmp_path, *FAST).returncode == 0
+    for step in ("expand", "select", "questions"):
+        assert json.loads((tmp_path / f"runs/demo/{step}/manifest.json").read_text())["status"] == "complete"
+
+
+@pytest.mark.xdist_group("smoke")
+def test_the_whole_road_runs_and_every_check_passes(smoke_run: Path) -> None:
+    run = smoke_run / "runs" / "demo"
+    console = (smoke_run / "console.txt").read_text(encoding="utf-8")
+    assert [line for line in STEPS if f"demo/{line} " not in console] == []
+    assert f"report: {run / 'report' / 'report.html'}" in console
+    manifests = {step: json.loads((run / step / "manifest.json").read_text(encoding="utf-8")) for step in STEPS}
+    assert {manifest["status"] for manifest in manifests.values()} == {"complete"}
+    checks = [check for manifest in manifests.values() for check in manifest["checks"]]
+    assert len(checks) >= 10
+    assert all(check["passed"] for check in checks)
+
+
+@pytest.mark.xdist_group("smoke")
+def test_what_a_stage_reads_is_what_another_wrote(smoke_run: Path) -> None:
+    """Every input that lies in the run has the hash that its own stage's manifest gives it."""
+    run = smoke_run / "runs" / "demo"
+    manifests = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.glob("*/manifest.json"))]
+    written = {
+        str(Path("runs/demo") / path.parent.name / output["path"]): output["sha256"]
+        for path in sorted(run.glob("*/manifest.json"))
+        for output in json.loads(path.read_text(encoding="utf-8"))["outputs"]
+    }
+    checked = 0
+    for manifest in manifests:
+        for entry in manifest["inputs"]:
+            if entry["path"] in written:
+                assert entry["sha256"] == written[entry["path"]], entry
+                checked += 1
+    assert checked >= 10

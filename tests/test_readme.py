@@ -1,0 +1,48 @@
+"""Every block of the README runs, in a folder where the pipeline has run in small."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from smoke import ENVIRONMENT
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def shell_lines() -> list[str]:
+    return [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines() if line.strip()]
+
+
+def test_the_readme_has_only_blocks_that_are_run_or_that_show_output() -> None:
+    assert {kind for kind, _ in BLOCKS} <= {"sh", "python", "text"}
+    assert len(shell_lines()) >= 8
+
+
+@pytest.mark.parametrize("line", [line for line in shell_lines() if line.startswith("make ")])
+def test_make_targets_exist(line: str) -> None:
+    """`make demo` and `make test` are what the continuous integration runs; here only that the targets are there."""
+    target = line.split("#")[0].split()
+    assert subprocess.run([*target, "-n"], cwd=ROOT, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.xdist_group("smoke")
+@pytest.mark.parametrize("line", [line for line in shell_lines() if not line.startswith("make ")])
+def test_shell_lines_run(smoke_run: Path, line: str) -> None:
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=smoke_run, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.xdist_group("smoke")
+@pytest.mark.parametrize("block", [block for kind, block in BLOCKS if kind == "python"])
+def test_python_blocks_run(smoke_run: Path, block: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", block], cwd=smoke_run, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

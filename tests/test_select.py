@@ -1,0 +1,219 @@
+"""select: quality by rule and by judge, coverage, and every row accounted for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignkit.core.app import load_config, run_command
+from alignkit.core.artifact import Artifact
+from alignkit.core.errors import UserError
+from alignkit.core.records import Message, QAExample
+from alignkit.data.closed_world import World, answer
+from alignkit.scoring.rules import broken_rules, read_verdict, repetition, rule_quality, words
+from alignkit.select import run
+from alignkit.teacher.client import Usage
+
+Rows = list[dict[str, Any]]
+
+
+# -- the rules -------------------------------------------------------------------------------------------------------
+
+
+def test_words_of_any_script() -> None:
+    assert words("Größer—than  ＡＢＣ, state-of-the-art!") == ["grösser", "than", "abc", "state", "of", "the", "art"]
+    assert words("请看 Qwen2 的说明。") == ["请", "看", "qwen2", "的", "说", "明"]
+    assert words("... ?!") == []
+
+
+def test_repetition_by_hand() -> None:
+    assert repetition("one two three four") == 0
+    assert repetition("so so so so so") == pytest.approx(2 / 3)  # three runs, all the same
+    assert repetition("two words") == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("The head of Fikico is Pezus, so no.", "no"),
+        ("The head of Fikico is Pezus, so yes.", "yes"),
+        ("Yes, it does.", "yes"),
+        ("no", "no"),
+        ("开车以后不能退票，所以不能。", "no"),
+        ("三个月付一次，所以可以。", "yes"),
+        ("不是。", "no"),
+        ("是的，可以。", "yes"),
+        ("否", "no"),
+        ("The statement does not say.", "undecided"),
+        ("文中没有说明电话客服，所以无法判断。", "undecided"),
+        ("Yes, it opens at nine, so no.", None),  # contradicts itself
+        ("No one knows the head of Fikico.", None),
+        ("The wing has three floors.", None),
+        ("展品在二楼，所以应该上二楼。", None),
+        ("", None),
+    ],
+)
+def test_verdicts(text: str, verdict: str | None) -> None:
+    assert read_verdict(text) == verdict
+
+
+def test_every_right_answer_of_the_closed_world_passes() -> None:
+    world = World(11)
+    for _ in range(300):
+        passage = world.passage()
+        question = world.ask(passage)
+        example = QAExample.model_validate(
+            {
+                "id": "1",
+                "instruction": passage.statement,
+                "input": question.text,
+                "output": answer(passage.facts, question),
+                "kind": question.kind,
+            }
+        )
+        assert broken_rules(example, min_words=1, max_words=40, max_repetition=0.3) == []
+
+
+@pytest.mark.parametrize(
+    ("output", "kind", "broken"),
+    [
+        ("  ", None, ["empty answer"]),
+        ("It", None, ["answer too short"]),
+        ("a b c d e f g h i j k", None, ["answer too long"]),
+        ("go on go on go on go on", None, ["answer repeats itself"]),
+        ("is it open", None, ["answer is the question"]),
+        ("It opens at nine.", "judgmental", ["judgmental answer without a verdict"]),
+        ("It opens at nine.", "non_judgmental", []),
+    ],
+)
+def test_each_rule_finds_what_it_is_for(output: str, kind: Any, broken: list[str]) -> None:
+    example = QAExample(id="1", instruction="", input="Is it open?", output=output, kind=kind)
+    assert broken_rules(example, min_words=2, max_words=10, max_repetition=0.3) == broken
+
+
+def test_quality_falls_with_every_broken_rule() -> None:
+    assert [rule_quality(broken) for broken in ([], ["a"], ["a", "b"], ["empty answer"])] == [10, 5, 10 / 3, 0]
+
+
+# -- the stage -------------------------------------------------------------------------------------------------------
+
+
+def make_rows(count: int) -> Rows:
+    world, rows = World(5), []
+    for number in range(count):
+        passage = world.passage()
+        question = world.ask(passage)
+        output = answer(passage.facts, question)
+        fields = {"instruction": passage.statement, "input": question.text, "output": output, "kind": question.kind}
+        rows.append({"id": f"row-{number}", **fields})
+    return rows
+
+
+def select(tmp_path: Path, rows: Rows, *overrides: str) -> Artifact:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = load_config("select", [f"data.path={path}", f"output_dir={tmp_path / 'select'}", *overrides])
+    return run(config)
+
+
+def read(artifact: Artifact, name: str) -> Rows:
+    path = artifact.folder / name
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def test_covers_in_input_order_and_accounts_for_every_row(tmp_path: Path) -> None:
+    rows = make_rows(40)
+    rows[3]["output"] = ""
+    rows[7] = {**rows[8], "id": "row-7"}  # a copy
+    rows[9] |= {"kind": "judgmental", "output": "It is blue."}
+    artifact = select(tmp_path, rows, "k=12")
+    selected, dropped = read(artifact, "selected.jsonl"), read(artifact, "dropped.jsonl")
+    kept = [row["id"] for row in selected]
+    assert len(kept) == 12
+    assert kept == sorted(kept, key=lambda id: int(id.removeprefix("row-")))
+    assert sorted(row["scores"]["coverage_rank"] for row in selected) == list(range(1, 13))
+    assert {row["scores"]["quality"] for row in selected} == {10.0}
+    assert {row["row"]["id"] for row in dropped} | set(kept) == {row["id"] for row in rows}
+    reasons = {row["row"]["id"]: row["reason"] for row in dropped}
+    assert reasons["row-3"] == "empty answer"
+    assert reasons["row-9"] == "judgmental answer without a verdict"
+    assert set(artifact.dropped) <= {
+        "empty answer", "judgmental answer without a verdict", "covered by a selected row", "copy of a selected row"
+    }  # fmt: skip
+    assert artifact.dropped.total() == 28
+    assert 0 < artifact.metrics["coverage_radius"] < 2
+    assert artifact.metrics["quality"]["histogram"]["10"] == 38
+
+
+def test_a_copy_is_named_as_such_and_k_may_exceed_the_rows(tmp_path: Path) -> None:
+    rows = make_rows(6)
+    rows[4] = {**rows[1], "id": "copy"}
+    artifact = select(tmp_path, rows, "k=50")
+    assert [row["id"] for row in read(artifact, "selected.jsonl")] == ["row-0", "row-1", "row-2", "row-3", "row-5"]
+    (dropped,) = read(artifact, "dropped.jsonl")
+    assert (dropped["reason"], dropped["row"]["id"]) == ("copy of a selected row", "copy")
+    assert "row-1" in dropped["detail"]
+
+
+def test_covers_the_configured_field(tmp_path: Path) -> None:
+    rows = make_rows(6)
+    for row in rows:
+        row["input"] = "What is the seat of Fikico?"
+    artifact = select(tmp_path, rows, "k=6", "embedded_field=input")
+    assert [row["id"] for row in read(artifact, "selected.jsonl")] == ["row-0"]  # to the others there is no distance
+
+
+def test_without_k_every_good_row_stays(tmp_path: Path) -> None:
+    artifact = select(tmp_path, make_rows(9))
+    selected = read(artifact, "selected.jsonl")
+    assert len(selected) == 9
+    assert all("coverage_rank" not in row["scores"] for row in selected)
+
+
+class FakeJudge:
+    """Grades by the answer's length, and has nothing to say about answers with an "x"."""
+
+    def __init__(self, teacher: object) -> None:
+        self.reasons: list[str | None] = []
+        self.usage = Usage()
+
+    def score(self, conversations: Sequence[list[Message]]) -> list[float | None]:
+        texts = [conversation[-1].content for conversation in conversations]
+        self.reasons = ["unreadable" if "x" in text else None for text in texts]
+        return [None if "x" in text else float(min(10, len(text))) for text in texts]
+
+
+def test_judged_quality(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alignkit.scoring.judge.JudgeScorer", FakeJudge)
+    outputs = ["It opens at nine.", "short", "", "extra words", "1234567"]
+    rows = [{"id": str(i), "instruction": "s", "input": "q", "output": output} for i, output in enumerate(outputs)]
+    artifact = select(tmp_path, rows, "quality.mode=judge", "quality.min_quality=7")
+    assert {row["id"]: row["scores"]["quality"] for row in read(artifact, "selected.jsonl")} == {"0": 10, "4": 7}
+    assert artifact.dropped == {"judge score too low": 1, "empty answer": 1, "judge gave no score": 1}
+
+
+def test_the_scripted_teacher_can_judge(tmp_path: Path) -> None:
+    rows = make_rows(8)
+    rows[2]["output"] = "The seat of Fikico is Padera."
+    artifact = select(tmp_path, rows, "quality.mode=judge", f"teacher.store={tmp_path / 'store.sqlite'}")
+    assert "row-2" not in {row["id"] for row in read(artifact, "selected.jsonl")}
+    assert len(read(artifact, "selected.jsonl")) == 7
+
+
+def test_when_nothing_passes_the_user_is_told(tmp_path: Path) -> None:
+    rows = [{**row, "output": " "} for row in make_rows(3)]
+    with pytest.raises(UserError, match=r"none of 3 rows reaches quality\.min_quality=7"):
+        select(tmp_path, rows)
+    assert len((tmp_path / "select" / "dropped.jsonl").read_text().splitlines()) == 3
+
+
+def test_up_to_date_and_bad_k(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = select(tmp_path, make_rows(5), "k=2")
+    assert not first.up_to_date
+    assert select(tmp_path, make_rows(5), "k=2").up_to_date
+    assert run_command("select", [f"data.path={tmp_path / 'rows.jsonl'}", f"output_dir={tmp_path / 'b'}", "k=0"]) == 2
+    assert "k=0: must be at least 1" in capsys.readouterr().err
