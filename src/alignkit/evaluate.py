@@ -178,9 +178,8 @@ def predict(example: QAExample, answers: Answers, grades: Mapping[tuple[str, str
 
 
 def headline(models: Mapping[str, dict[str, Any]]) -> str:
-    """Exact match of the first and the last model, in a few words."""
-    scores = [f"{summary['exact_match']['mean']:.3f} ({name})" for name, summary in models.items()]
-    return "exact match " + " -> ".join(scores if len(scores) < 2 else [scores[0], scores[-1]])
+    """Exact match of every model, in a few words."""
+    return "exact match " + ", ".join(f"{name} {each['exact_match']['mean']:.3f}" for name, each in models.items())
 
 
 if __name__ == "__main__":

@@ -113,6 +113,8 @@ def run(config: PipelineConfig) -> Artifact:
         print(f"done in {time.monotonic() - began:.0f} s, peak memory {memory / 2**30:.2f} GiB (all processes)")
         for step in steps:
             if step.stage == "report":
+                if (step.folder / "figures.txt").exists():
+                    print("\n" + (step.folder / "figures.txt").read_text(encoding="utf-8"))
                 print(f"report: {(step.folder / 'report.html').resolve()}")
     return artifact
 
@@ -122,10 +124,15 @@ def plan(config: PipelineConfig) -> list[Step]:
     unknown = [name for name in config.only if name not in config.steps]
     if unknown:
         raise UserError(f"only: no step named {unknown[0]!r}. Steps: {', '.join(config.steps)}")
+    seeds = [config.seed, *config.replicates]
+    if len(set(seeds)) < len(seeds):
+        raise UserError(
+            f"replicates={config.replicates}: seeds must differ from each other and from seed={config.seed}"
+        )
     steps: list[Step] = []
-    for seed in [config.seed, *config.replicates]:
-        run_name = config.run if seed == config.seed else f"{config.run}-seed{seed}"
-        for name, entry in config.steps.items():
+    for name, entry in config.steps.items():
+        for seed in seeds:  # side by side, so that they end together
+            run_name = config.run if seed == config.seed else f"{config.run}-seed{seed}"
             if (config.only and name not in config.only) or (name in config.once and seed != config.seed):
                 continue
             variables = {"run": run_name, **config.variables}

@@ -60,6 +60,7 @@ def run(config: ReportConfig) -> Artifact:
     from alignkit.reporting.held_out import Roles, read_held_out
     from alignkit.reporting.page import render_page
     from alignkit.reporting.runs import read_run
+    from alignkit.reporting.text import render_text
 
     runs = [read_run(Path(folder)) for folder in (config.run_dir, *config.replicates)]
     with Artifact.open("report", config) as artifact:
@@ -67,13 +68,15 @@ def run(config: ReportConfig) -> Artifact:
             return artifact
         roles = Roles(config.evaluation, config.titles, config.controls, config.upper_bounds)
         held_out = read_held_out(runs, roles)
-        path = artifact.write_text("report.html", render_page(runs, held_out))
+        artifact.write_text("report.html", render_page(runs, held_out))
+        if held_out:
+            artifact.write_text("figures.txt", render_text(held_out))
         artifact.metrics = {
             "runs": len(runs),
             "steps": sum(len(each.steps) for each in runs),
             "missing": runs[0].missing,
         }
-        artifact.summary = f"{path} ({path.stat().st_size / 1024:.0f} KiB)"
+        artifact.summary = f"{artifact.metrics['steps']} steps of {len(runs)} runs"
     return artifact
 
 

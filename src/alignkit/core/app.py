@@ -349,6 +349,7 @@ def _command_process() -> Iterator[None]:
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
         "BITSANDBYTES_NOWELCOME": "1",
+        "TORCHDYNAMO_DISABLE": "1",  # nothing here is compiled, and loading the compiler costs a second
     }
     for name, value in environment.items():
         os.environ.setdefault(name, value)

@@ -1,7 +1,7 @@
 """What the embedded base can do, and whether that is enough to build on: `python -m alignkit.models.tiny.gate`.
 
-Answers are generated greedily in the format of the base text, on unseen passages with held-out names, a quarter of them
-hard, as everywhere in the demo. The gate asks for values right in 90 %, verdicts in 85 % (balanced over yes and no), and
+Answers are generated greedily in the format of the base text, on unseen passages with held-out names, a quarter of
+them hard, as everywhere in the demo. The gate asks for values right in 90 %, verdicts in 85 % (balanced over yes and no), and
 right and wrong answers told apart in 85 % (balanced). The chat format is reported, not gated: there the base is meant
 to be mediocre.
 """
@@ -100,7 +100,9 @@ def main(arguments: Iterable[str] | None = None) -> None:
     found = measure(model, AutoTokenizer.from_pretrained(folder))
     for name, value in found.items():
         wanted = GATE.get(name)
-        print(f"{name:28s} {value:.3f}" + (f"  {'pass' if value >= wanted else 'FAIL'} (>= {wanted})" if wanted else ""))
+        print(
+            f"{name:28s} {value:.3f}" + (f"  {'pass' if value >= wanted else 'FAIL'} (>= {wanted})" if wanted else "")
+        )
     if any(found[name] < wanted for name, wanted in GATE.items()):
         raise SystemExit(1)
 

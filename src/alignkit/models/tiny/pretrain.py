@@ -126,7 +126,7 @@ def ability(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, seed: int = 7, c
         rows.append((f"{form}_{level}", f"{passage.statement}\nQuestion: {question.text}\nAnswer:", f" {right}\n"))
         chat = f"<|im_start|>user\n{passage.statement}\n\n{question.text}<|im_end|>\n<|im_start|>assistant\n"
         rows.append((f"chat_{level}", chat, f"{right}<|im_end|>"))
-        fair = index % 8 < 4
+        fair = index % 16 < 8
         shown = right if fair else world.corrupt(passage, question)
         asked = f"{passage.statement}\nQuestion: {question.text}\nAnswer: {shown}"
         name = f"{'right' if fair else 'wrong'}_{level}"

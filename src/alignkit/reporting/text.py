@@ -1,0 +1,32 @@
+"""The report's main figures as plain text: what a terminal shows at the end of a pipeline."""
+
+from __future__ import annotations
+
+from alignkit.evaluation.statistics import Estimate
+from alignkit.reporting.held_out import HeldOut
+
+
+def render_text(held_out: HeldOut) -> str:
+    """Exact match of every model and every gain in percentage points, by seed and over all, with 95 % intervals."""
+    seeds = [f"seed {seed}" for seed in held_out.seeds]
+    columns = [*seeds, "all seeds"] if len(seeds) > 1 else seeds
+    questions = len(held_out.predictions[0])
+    rows = [(f"exact match, % of {questions} questions", columns, "")]
+    for model in held_out.models:
+        estimates = held_out.by_seed(model, "exact_match")
+        pooled = [held_out.pooled(model, "exact_match")] if len(seeds) > 1 else []
+        rows.append((held_out.title(model), [_cell(each, "") for each in [*estimates, *pooled]], ""))
+    rows.append(("gain, percentage points", columns, ""))
+    for gain in held_out.gains:
+        pooled = [gain.pooled["exact_match"]] if len(seeds) > 1 else []
+        rows.append((gain.title, [_cell(each, "+") for each in [*gain.estimates, *pooled]], gain.verdict))
+    width = max(len(title) for title, _, _ in rows)
+    lines = [f"{title:{width}s}{''.join(f'{cell:>22s}' for cell in cells)}  {remark}" for title, cells, remark in rows]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _cell(estimate: Estimate | None, sign: str) -> str:
+    if estimate is None:
+        return "-"
+    mean, low, high = (f"{100 * estimate[key]:{sign}.1f}" for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
