@@ -279,7 +279,7 @@ def test_pairs_that_cannot_be_used_are_dropped_with_a_reason(config: DPOConfig) 
 
 
 def test_a_reference_adapter_that_is_missing_or_foreign_is_refused(config: DPOConfig, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere: there is no adapter_config.json"):
+    with pytest.raises(UserError, match=r"reference=.*nowhere: no such file or folder"):
         run(replace(config, reference=str(tmp_path / "nowhere")))
     other_base = save_random_base(tmp_path / "other_base", seed=5)
     foreign = write_adapter(other_base, tmp_path / "foreign", seed=1)

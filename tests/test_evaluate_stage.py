@@ -97,7 +97,7 @@ def test_scores_every_model_on_the_same_questions(home: Path, tmp_path: Path) ->
         assert set(summary["exact_match_by"]) == {"form", "level", "kind", "held_out_name"}
     pairs = [(entry["new"], entry["old"]) for entry in artifact.metrics["comparisons"]]
     assert pairs == [("sft", "base"), ("dpo", "sft")]
-    assert artifact.summary.startswith("exact match 0.")
+    assert artifact.summary.startswith("exact match base 0.")
     assert {check.name for check in artifact.checks} == {"held-out questions unseen", "answers graded"}
     assert evaluate(home, tmp_path).up_to_date
 

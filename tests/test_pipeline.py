@@ -62,7 +62,7 @@ def test_the_qwen_pipeline_gives_model_hardware_and_teacher_to_the_stages_that_h
 def test_an_unknown_step_and_a_typo_in_a_step_are_named_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no step named 'sfd'"):
         needs("only=[sfd]")
-    done = pipeline(tmp_path, "steps.sft.overrides=[train.learning_rat=1]")
+    done = pipeline(tmp_path, "steps.sft.overrides=['train.learning_rat=1']")
     assert done.returncode == 2
     assert "train.learning_rate" in done.stderr
     assert not (tmp_path / "runs" / "demo" / "expand").exists()
@@ -75,7 +75,7 @@ def test_finished_steps_are_skipped_and_a_changed_one_is_done_again(tmp_path: Pa
     again = pipeline(tmp_path, *FAST)
     assert again.returncode == 0
     assert manifest.stat().st_mtime_ns == before
-    changed = pipeline(tmp_path, *FAST, "steps.select.overrides=[k=20]")
+    changed = pipeline(tmp_path, *FAST, "steps.select.overrides=['k=20']")
     assert changed.returncode == 0
     assert manifest.stat().st_mtime_ns == before
     assert len((tmp_path / "runs/demo/select/selected.jsonl").read_text().splitlines()) == 20
@@ -83,7 +83,7 @@ def test_finished_steps_are_skipped_and_a_changed_one_is_done_again(tmp_path: Pa
 
 def test_a_failed_step_says_why_and_where(tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text('{"id": "a", "instruc\n', encoding="utf-8")
-    done = pipeline(tmp_path, *FAST, "steps.expand.overrides=[seeds.path=broken.jsonl]")
+    done = pipeline(tmp_path, *FAST, "steps.expand.overrides=['seeds.path=broken.jsonl']")
     assert done.returncode == 2
     assert re.search(r"demo/expand failed .*broken\.jsonl:1", done.stderr), done.stderr
     assert "Traceback" not in done.stderr

@@ -179,7 +179,10 @@ def report(folder: Path, output: Path, *overrides: str) -> Artifact:
 def page(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     output = tmp_path_factory.mktemp("report")
     artifact = report(runs / "demo", output, f"replicates=[{runs / 'demo-seed2'}]")
-    assert artifact.summary.startswith(str(output / "report.html"))
+    assert artifact.summary == f"{artifact.metrics['steps']} steps of 2 runs"
+    figures = (output / "figures.txt").read_text(encoding="utf-8")
+    assert "seed 1" in figures
+    assert len(re.findall(r"\d \[[-+]?\d+\.\d, [-+]?\d+\.\d\]", figures)) >= 6
     return (output / "report.html").read_text(encoding="utf-8")
 
 

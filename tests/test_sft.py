@@ -218,7 +218,7 @@ def test_a_4bit_base_trains_to_the_same_held_out_loss(tmp_path: Path) -> None:
     lora_before, lora = reached(Quantization.none)
     _, qlora = reached(Quantization.nf4)
     assert lora < 0.9 * lora_before
-    assert qlora == pytest.approx(lora, rel=0.15)
+    assert lora_before - qlora > 0.9 * (lora_before - lora)  # of what LoRA learned, QLoRA learned nearly all
 
 
 # -- the command line --------------------------------------------------------------------------------------------------

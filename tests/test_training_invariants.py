@@ -68,7 +68,12 @@ def open_artifact(folder: Path) -> Artifact:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "rows.jsonl").write_text("{}\n", encoding="utf-8")
     data = RowsConfig(path=str(folder / "rows.jsonl"))
-    return Artifact.open("sft", SFTConfig(name="sft", output_dir=str(folder / "sft"), data=data))
+    return Artifact.open(
+        "sft",
+        SFTConfig(
+            name="sft", output_dir=str(folder / "sft"), data=data, model=ModelConfig(name="tiny", path="embedded")
+        ),
+    )
 
 
 def train(folder: Path, policy: Any, settings: TrainConfig, rows: Sequence[EncodedExample] = ()) -> Any:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 class DPOConfig(StageConfig):
     """Which pairs, from which policy, against which reference, and how."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("data.path", "init_adapter", "model.path")
+    inputs: ClassVar[tuple[str, ...]] = ("data.path", "init_adapter", "reference", "model.path")
 
     data: RowsConfig = field(default_factory=RowsConfig)
     init_adapter: str = MISSING

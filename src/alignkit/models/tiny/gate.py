@@ -1,9 +1,9 @@
 """What the embedded base can do, and whether that is enough to build on: `python -m alignkit.models.tiny.gate`.
 
 Answers are generated greedily in the format of the base text, on unseen passages with held-out names, a quarter of
-them hard, as everywhere in the demo. The gate asks for values right in 90 %, verdicts in 85 % (balanced over yes and no), and
-right and wrong answers told apart in 85 % (balanced). The chat format is reported, not gated: there the base is meant
-to be mediocre.
+them hard, as everywhere in the demo. The gate asks for values right in 90 %, for verdicts right in 85 % (balanced over
+yes and no), and for right and wrong answers told apart in 85 % (balanced). The chat format is reported, not gated:
+there the base is meant to be mediocre.
 """
 
 from __future__ import annotations
@@ -11,14 +11,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from alignkit.data.closed_world import World, answer
-
-if TYPE_CHECKING:
-    from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
 GATE = {"value": 0.90, "verdict (balanced)": 0.85, "check (balanced)": 0.85}
 FORMS = ("value", "yes", "no", "unanswerable")
@@ -27,7 +24,7 @@ GATE_SEED = 21
 
 
 @torch.no_grad()
-def generate(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, prompts: list[str]) -> list[str]:
+def generate(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
     """Greedy continuations up to the end of the line or turn."""
     texts: list[str] = []
     for start in range(0, len(prompts), 100):
@@ -38,7 +35,7 @@ def generate(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, prompts: list[s
 
 
 @torch.no_grad()
-def says_right(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, prompts: list[str]) -> list[bool]:
+def says_right(model: Any, tokenizer: Any, prompts: list[str]) -> list[bool]:
     """Whether " right" is likelier than " wrong" as the next word."""
     right, wrong = (ids[0] for ids in tokenizer([" right", " wrong"])["input_ids"])
     found: list[bool] = []
@@ -50,7 +47,7 @@ def says_right(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, prompts: list
     return found
 
 
-def measure(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, count: int = 800) -> dict[str, float]:
+def measure(model: Any, tokenizer: Any, count: int = 800) -> dict[str, float]:
     """Shares right over `count` questions, by form, and the three that the gate looks at."""
     world = World(GATE_SEED, split="held_out")
     prompts: list[str] = []
