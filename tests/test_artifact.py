@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
@@ -182,6 +183,40 @@ def test_outputs_of_an_earlier_run_do_not_linger(tmp_path: Path) -> None:
         "log.txt",
         "manifest.json",
     ]
+
+
+@pytest.mark.parametrize("end", ["failed", "running"])
+def test_outputs_of_a_run_before_a_failed_or_killed_one_do_not_linger(tmp_path: Path, end: str) -> None:
+    manifest = tmp_path / "out/manifest.json"
+    with Artifact.open("copy", configure(tmp_path)) as artifact:
+        for name in ("a.txt", "b.txt", "c.txt"):
+            artifact.write_text(name, "first")
+    for seed in (2, 3):  # two in a row: what is stale is handed on from one to the next
+        with pytest.raises(RuntimeError), Artifact.open("copy", configure(tmp_path, seed=seed)) as artifact:
+            as_a_kill_leaves_it = manifest.read_text(encoding="utf-8")
+            artifact.write_text("b.txt", "second")
+            raise RuntimeError
+        if end == "running":
+            manifest.write_text(as_a_kill_leaves_it, encoding="utf-8")
+        assert (read_manifest(tmp_path / "out") or {})["status"] == end
+        assert (tmp_path / "out/a.txt").exists()
+    with Artifact.open("copy", configure(tmp_path, seed=4)) as artifact:
+        artifact.write_text("c.txt", "third")
+    assert [path.name for path in sorted((tmp_path / "out").glob("?.txt"))] == ["c.txt"]
+    assert (read_manifest(tmp_path / "out") or {})["stale"] == []
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "config.yaml"])
+def test_a_run_that_cannot_begin_does_not_keep_its_folder_locked(tmp_path: Path, name: str) -> None:
+    obstacle = tmp_path / f"out/.{name}.partial"  # a folder where the file is to be written: stands for a full disk
+    obstacle.mkdir(parents=True)
+    handlers = list(logging.getLogger("alignkit").handlers)
+    with pytest.raises(OSError) as caught:  # held, and with it the frames that hold the log file
+        finish(configure(tmp_path))
+    assert caught.value.filename == str(obstacle)
+    assert logging.getLogger("alignkit").handlers == handlers
+    obstacle.rmdir()
+    assert finish(configure(tmp_path)).status == "complete"
 
 
 def test_unfinished_work_is_kept_for_the_same_work_only(tmp_path: Path) -> None:

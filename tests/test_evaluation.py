@@ -153,6 +153,16 @@ def test_summary_of_a_model() -> None:
     assert "kind" not in summary["exact_match_by"]
 
 
+def test_where_statements_repeat_exact_match_is_resampled_by_statement() -> None:
+    copies = [row.model_copy(update={"id": f"{row.id}-{copy}"}) for row in ROWS for copy in range(10)]
+    statements = [row.instruction for row in copies]
+    right = [float(row.answers["new"].exact_match) for row in copies]
+    found = summarise(copies, "new", seed=3)
+    assert found["exact_match"] == bootstrap_mean(right, statements, 3)
+    assert found["exact_match"]["high"] - found["exact_match"]["low"] > 0.5  # four statements, not forty rows
+    assert found["exact_match_by"]["form"]["no"] == bootstrap_mean(right[10:30], statements[10:30], 3)
+
+
 def test_breakdown_adds_up() -> None:
     table = breakdown(ROWS, "old")
     assert table["held_out_name"] == {"True": wilson(0, 1), "False": wilson(2, 3)}
@@ -211,6 +221,25 @@ def test_leakage_is_found_in_every_kind_of_training_row_and_every_ancestor(tmp_p
     assert leakage.rows == {"t0", "t1", "t2"}
     assert len(leakage.files) == 4
     assert leakage.unknown == set()
+
+
+UNREADABLE = {
+    "hotpotqa": {"question": "Who?", "answer": "X", "context": [], "supporting_facts": []},
+    "texts": {"prompt": "Statement. Who?", "completion": "X"},
+    "seed_task": {"instruction": "Statement.", "instances": [{"input": "Who?", "output": "X"}]},
+    "hh_rlhf": {"chosen": "Human: Who?", "rejected": "Human: Who?"},
+    "empty": {"prompt": [], "completion": []},
+}
+
+
+@pytest.mark.parametrize("row", UNREADABLE.values(), ids=UNREADABLE)
+def test_a_file_with_a_row_whose_question_cannot_be_told_is_unknown(row: object, tmp_path: Path) -> None:
+    example = QAExample(id="t", instruction="Statement.", input="Who?", output="X")
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in (example.model_dump(), row)), encoding="utf-8")
+    leakage = find_leakage([example], [str(write_step(tmp_path / "sft", [path]))])
+    assert (leakage.files, leakage.unknown) == (set(), {str(path)})
+    assert leakage.rows == {"t"}  # what can be read counts
 
 
 def test_an_adapter_of_unknown_origin_is_said_to_be_one(tmp_path: Path) -> None:

@@ -45,10 +45,11 @@ def test_wherever_a_kill_tears_the_last_line_only_its_row_is_lost(tmp_path: Path
     assert found(path) == ["a", "b", "c", "d"]
 
 
-def test_a_torn_first_line_starts_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [0, 1, 10, len('{"fingerprint": "work"}'), len('{"fingerprint": "work"}\n')])
+def test_an_empty_journal_or_a_torn_first_line_starts_anew(tmp_path: Path, size: int) -> None:
     path = tmp_path / "journal.jsonl"
     fill(path, "a")
-    path.write_bytes(path.read_bytes()[:10])
+    path.write_bytes(path.read_bytes()[:size])
     assert found(path) == []
     fill(path, "b")
     assert found(path) == ["b"]

@@ -48,6 +48,29 @@ def test_replicates_read_their_own_files_and_the_report_waits_for_all() -> None:
     assert (seeds["r/sft"], seeds["r-seed5/sft"]) == (3, 5)
 
 
+def test_the_report_shows_exactly_the_replicates() -> None:
+    steps = {step.label: step.config for step in plan(load_config("pipeline", ["run=r", "replicates=[4,7]"]))}
+    assert steps["r/report"].replicates == ["runs/r-seed4", "runs/r-seed7"]  # type: ignore[attr-defined]
+    alone = plan(load_config("pipeline", ["run=r", "replicates=[]"]))[-1]
+    assert alone.config.replicates == []  # type: ignore[attr-defined]
+
+
+def test_variables_may_hold_any_path_and_seeds_must_differ(tmp_path: Path) -> None:
+    odd = "my files (1), part=2.jsonl"
+    steps = plan(load_config("pipeline", ["pipeline=demo", f'variables.held_out="{odd}"', "replicates=[]"]))
+    assert next(step for step in steps if step.name == "evaluate").config.data.path == odd  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="seeds must differ"):
+        needs("seed=2", "replicates=[2]")
+    with pytest.raises(UserError, match="plain name"):
+        needs("run='a/b'")
+
+
+def test_the_demo_controls_have_as_many_steps_as_what_they_control() -> None:
+    steps = {step.name: step.config for step in plan(load_config("pipeline", ["pipeline=demo", "replicates=[]"]))}
+    for stage, control in (("sft_best", "sft_control"), ("dpo", "dpo_control"), ("sft_best", "sft_grader")):
+        assert steps[stage].train.max_steps == steps[control].train.max_steps > 0  # type: ignore[attr-defined]
+
+
 def test_the_qwen_pipeline_gives_model_hardware_and_teacher_to_the_stages_that_have_them() -> None:
     given = ["pipeline=qwen7b", "variables.teacher_model=some-model", "variables.held_out=held_out.jsonl"]
     steps = {step.name: step.config for step in plan(load_config("pipeline", given))}

@@ -25,6 +25,7 @@ from alignkit.models.reward_model import RewardModel
 from alignkit.models.value_head import ValueHeadModel
 from alignkit.rejection_sampling import RejectionSamplingConfig, ScorerKind
 from alignkit.scoring.best_of_n import best, correlation, expected_best, powers_of_two, worst
+from alignkit.scoring.judge import JudgeScorer
 
 # -- arithmetic ------------------------------------------------------------------------------------------------------
 
@@ -219,6 +220,31 @@ def test_the_stage_chooses_by_the_reward_model(tmp_path: Path, reward_folder: Pa
     assert means[-1] == pytest.approx(artifact.metrics["mean_best_score"])
     assert 0 <= curves["grade"]["1"]["mean"] <= 10
     assert len(read(tmp_path, "best.jsonl")) + artifact.dropped["no finished completion with a score"] == 12
+
+
+def test_a_question_with_an_ungraded_answer_is_left_out_of_the_grade_curve(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    grades = {"good": 9.0, "bad": 1.0, "middle": 4.0, "as good": None}
+
+    def score(self: JudgeScorer, conversations: Sequence[list[Message]]) -> list[float | None]:
+        found = [grades[conversation[-1].content] for conversation in conversations]
+        self.reasons = ["no number in it" if grade is None else None for grade in found]
+        return found
+
+    monkeypatch.setattr(JudgeScorer, "score", score)
+    config = RejectionSamplingConfig(
+        name="x", grade=True, sampling=replace(SAMPLING, n=2), teacher=TeacherConfig(model="scripted")
+    )
+    with caplog.at_level("WARNING", "alignkit"):
+        metrics = rejection_sampling.describe_scores(ROWS[:2], config)
+    curves = metrics["best_of_n"]
+    assert metrics["ungraded_questions"] == 1
+    assert (curves["score"]["1"]["n"], curves["grade"]["1"]["n"]) == (2, 1)
+    assert curves["grade"]["1"]["mean"] == pytest.approx((9 + 1 + 4) / 3)
+    assert "1 of 5 completions have no grade, the first because: no number in it; 1 of 2 questions" in caplog.text
+    metrics = rejection_sampling.describe_scores(ROWS[1:2], config)
+    assert set(metrics["best_of_n"]) == {"score"}  # no question is left
 
 
 def test_the_teacher_is_the_upper_bound_and_needs_no_reward_model(tmp_path: Path) -> None:

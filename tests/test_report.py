@@ -22,7 +22,8 @@ from alignkit.evaluation.predictions import Prediction, compare, score_answer, s
 from alignkit.evaluation.statistics import bootstrap_mean, wilson
 from alignkit.report import run
 from alignkit.reporting.held_out import Roles, read_held_out
-from alignkit.reporting.runs import read_run
+from alignkit.reporting.runs import Run, Step, read_run
+from alignkit.reporting.tables import teacher_statement
 
 RATES = {"base": 0.42, "sft": 0.66, "sft_best": 0.74, "dpo": 0.78, "sft_control": 0.665, "sft_grader": 0.86}
 COMPARISONS = [("sft", "base"), ("sft_best", "sft"), ("dpo", "sft_best"), ("sft_control", "sft"), ("sft_grader", "sft")]
@@ -262,6 +263,14 @@ def test_the_sections_are_there_and_the_teacher_is_called_what_it_is(page: str) 
     assert "alignkit dpo run=demo name=dpo seed=1" in page
     assert "2,400" in page
     assert "not novel" in page
+
+
+@pytest.mark.parametrize("grade", [True, False])
+def test_grading_what_rejection_sampling_draws_asks_the_teacher(grade: bool) -> None:
+    config = {"teacher": {"mode": "openai", "model": "a-model"}, "scorer": "reward", "grade": grade}
+    step = Step("rejection_sampling", Path("unused"), {"stage": "rejection_sampling"}, config)
+    statement = teacher_statement(Run(Path("unused"), [step]))
+    assert statement == ("Teacher and grader: a-model." if grade else "")
 
 
 def test_a_gain_whose_interval_contains_zero_is_called_no_help(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from alignkit.core.errors import UserError
 from alignkit.core.manifest import read_manifest
 from alignkit.core.records import Completion, CompletionSet, Message, PreferencePair
 from alignkit.data.chat import encode_conversation
+from alignkit.evaluation.statistics import wilson
 from alignkit.models.loading import load_base, load_policy, new_adapter
 from alignkit.models.reward_model import RewardModel
 from alignkit.models.value_head import ValueHeadModel
@@ -39,6 +40,7 @@ from alignkit.training.reward import (
 from alignkit.training.reward_data import (
     AnswerGroup,
     Comparison,
+    LeftOut,
     compare,
     grade_statistics,
     groups_from_grades,
@@ -88,10 +90,11 @@ def graded(id: str, *grades: tuple[str, float | None], **fields: Any) -> Complet
 def test_equal_texts_count_once_and_unfinished_ones_not_at_all() -> None:
     row = graded("a", ("x", 10.0), ("y", 2.0), ("x", 8.0), ("none", None), kind="judgmental")
     row.completions.append(Completion(text="cut", model="m", score=0.0, finished=False))
-    (group,), dropped = groups_from_grades([row], min_margin=1.0, pairs_per_prompt=9, seed=1)
+    (group,), dropped, left_out = groups_from_grades([row], min_margin=1.0, pairs_per_prompt=9, seed=1)
     assert (group.answers, group.grades) == (("x", "y"), (9.0, 2.0))
     assert group.comparisons == (Comparison(0, 1, 7.0),)
     assert (group.source, dropped) == ("graded judgmental", [])
+    assert left_out == LeftOut(unfinished=1, ungraded=1, comparisons=0)
 
 
 def test_rows_without_a_pair_are_dropped_and_pairs_are_capped() -> None:
@@ -100,14 +103,15 @@ def test_rows_without_a_pair_are_dropped_and_pairs_are_capped() -> None:
         graded("none", ("x", None)),
         graded("many", *((str(n), float(n)) for n in range(6))),
     ]
-    groups, dropped = groups_from_grades(rows, min_margin=1.0, pairs_per_prompt=4, seed=1)
+    groups, dropped, left_out = groups_from_grades(rows, min_margin=1.0, pairs_per_prompt=4, seed=1)
     assert [(each.row["id"], each.reason) for each in dropped] == [
         ("same", "no two completions differ by min_margin"),
         ("none", "no graded completion"),
     ]
     assert len(groups[0].comparisons) == 4
     assert set(groups[0].comparisons) < set(compare([float(n) for n in range(6)], 1.0))
-    again, _ = groups_from_grades(rows, min_margin=1.0, pairs_per_prompt=4, seed=1)
+    assert left_out == LeftOut(unfinished=0, ungraded=1, comparisons=15 - 4)
+    again, _, _ = groups_from_grades(rows, min_margin=1.0, pairs_per_prompt=4, seed=1)
     assert again == groups
 
 
@@ -173,7 +177,9 @@ def encoded(base: ModelConfig, groups: Sequence[AnswerGroup]) -> list[EncodedGro
 
 
 def open_artifact(folder: Path) -> Artifact:
-    return Artifact.open("reward", RewardConfig(data=RowsConfig(path="none"), name="reward", output_dir=str(folder)))
+    model = ModelConfig(path="embedded")
+    config = RewardConfig(data=RowsConfig(path="none"), model=model, name="reward", output_dir=str(folder))
+    return Artifact.open("reward", config)
 
 
 def test_one_pass_over_a_group_gives_the_loss_and_gradients_of_separate_pairs(base: ModelConfig) -> None:
@@ -355,6 +361,8 @@ def test_the_stage_trains_measures_saves_and_checks(base: ModelConfig, tmp_path:
     assert held_out["all"]["n"] == 14
     assert held_out["hh-rlhf"]["low"] < held_out["hh-rlhf"]["mean"]  # two pairs prove little
     assert artifact.dropped == {"no two completions differ by min_margin": 1}
+    assert metrics["completions_left_out"] == {"unfinished": 0, "ungraded": 0}
+    assert metrics["comparisons_left_out"] == 0
     files = (
         "adapter config.yaml dropped.jsonl log.txt loss.jsonl manifest.json reward_config.json value_head.safetensors"
     )
@@ -412,9 +420,30 @@ def test_a_saved_model_that_scores_differently_stops_the_stage(
 def test_rows_that_are_too_long_for_the_model_are_dropped(base: ModelConfig, tmp_path: Path) -> None:
     rows = [*scored_rows(10), graded("long", (GOOD, 9.0), ("Oslo " * 300, 1.0)).model_dump(exclude_none=True)]
     artifact = reward.run(configure(base, tmp_path, data=RowsConfig(path=write(tmp_path / "long.jsonl", rows))))
-    assert artifact.dropped["longer than max_length"] == 1
+    assert artifact.dropped["longer than max_length"] == artifact.dropped["no comparison left"] == 1
     entries = [json.loads(line) for line in (tmp_path / "reward" / "dropped.jsonl").read_text().splitlines()]
     assert [entry["row"]["id"] for entry in entries if entry["reason"] == "longer than max_length"] == ["long"]
+    (group,) = (entry["row"] for entry in entries if entry["reason"] == "no comparison left")
+    assert (group["id"], group["answers"]) == ("long", [GOOD, "Oslo " * 300])
+
+
+def test_no_prompt_left_to_train_on_names_held_out_share(base: ModelConfig, tmp_path: Path) -> None:
+    nothing = RowsConfig(path="none")
+    one = RowsConfig(path=write(tmp_path / "one.jsonl", hh_rows(1)))
+    with pytest.raises(UserError, match=r"held_out_share=0\.9 holds out every prompt"):
+        reward.run(configure(base, tmp_path, data=nothing, preferences=one, held_out_share=0.9))
+    long = [graded("long", (GOOD, 9.0), ("Oslo " * 300, 1.0)).model_dump(exclude_none=True)]
+    rows = RowsConfig(path=write(tmp_path / "long.jsonl", long))
+    with pytest.raises(UserError, match=r"no pair fits .* that held_out_share=0\.2 leaves for training"):
+        reward.run(configure(base, tmp_path, data=rows, preferences=nothing))
+
+
+def test_accuracy_resamples_prompts_not_rows(base: ModelConfig) -> None:
+    apart = encoded(base, [group(0), group(1)])
+    together = encoded(base, [group(0, prompt="one"), group(1, prompt="one")])
+    scores = [[1.0, 0.0], [0.0, 1.0]]
+    assert reward.accuracy(apart, scores)["all"] == wilson(1, 2)
+    assert reward.accuracy(together, scores)["all"] == {"mean": 0.5, "low": 0.5, "high": 0.5, "n": 2}
 
 
 def test_the_shipped_configuration_composes() -> None:

@@ -123,6 +123,8 @@ def test_rows_that_cannot_be_used_are_dropped_with_a_reason(config: SFTConfig, t
         "silent": "empty answer",
         "q0": "longer than max_length (256 tokens)",
     }
+    (silent,) = (row for row in dropped if row["row"]["id"] == "silent")
+    assert silent["detail"] == f"{config.data.path}:13"
 
 
 def test_a_file_without_a_usable_row_is_refused(config: SFTConfig) -> None:

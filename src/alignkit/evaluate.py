@@ -34,7 +34,7 @@ from alignkit.core.artifact import Artifact
 from alignkit.core.config import ModelConfig, RowsConfig, SamplingConfig, StageConfig, TeacherConfig
 from alignkit.core.errors import UserError
 
-# Optional[...] instead of `... | None`: omegaconf reads these annotations at run time on Python 3.10, too.
+# All configurations write Optional[...]; omegaconf takes `... | None` just as well.
 # ruff: noqa: UP045
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 class EvaluateConfig(StageConfig):
     """Configuration of `evaluate`."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("data.path", "models")
+    inputs: ClassVar[tuple[str, ...]] = ("data.path", "models", "model.path")
 
     data: RowsConfig = field(default_factory=RowsConfig)
     models: dict[str, Optional[str]] = field(default_factory=dict)

@@ -38,7 +38,7 @@ from alignkit.core.records import QAExample
 if TYPE_CHECKING:
     from alignkit.teacher.client import Answer, Request, Teacher, Usage
 
-# Optional[...] instead of `... | None`: omegaconf reads these annotations at run time on Python 3.10, too.
+# All configurations write Optional[...]; omegaconf takes `... | None` just as well.
 # ruff: noqa: UP045
 
 LOG = logging.getLogger("alignkit")

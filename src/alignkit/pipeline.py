@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -124,6 +125,8 @@ def plan(config: PipelineConfig) -> list[Step]:
     unknown = [name for name in config.only if name not in config.steps]
     if unknown:
         raise UserError(f"only: no step named {unknown[0]!r}. Steps: {', '.join(config.steps)}")
+    if not re.fullmatch(r"[\w.-]+", config.run):
+        raise UserError(f"run={config.run}: the run of a pipeline is a plain name of letters, digits, '.', '_' and '-'")
     seeds = [config.seed, *config.replicates]
     if len(set(seeds)) < len(seeds):
         raise UserError(
@@ -138,6 +141,9 @@ def plan(config: PipelineConfig) -> list[Step]:
             variables = {"run": run_name, **config.variables}
             given = [*applicable(entry.stage, config.common), *entry.overrides]
             own = [fill(override, variables) for override in given]
+            if entry.stage == "report" and config.replicates:
+                folders = ", ".join(f"'runs/{config.run}-seed{other}'" for other in config.replicates)
+                own.append(f"replicates=[{folders}]")
             overrides = [f"run={run_name}", f"name={name}", f"seed={seed}", *own]
             if config.force:
                 overrides.append("force=true")
@@ -159,9 +165,11 @@ def applicable(stage: str, overrides: list[str]) -> list[str]:
 
 
 def fill(override: str, variables: Mapping[str, str]) -> str:
-    """Put the variables into an override."""
+    """Put the variables into an override, quoted where Hydra would otherwise read them as more than text."""
     for name, value in variables.items():
-        override = override.replace(f"{{{name}}}", value)
+        plain = re.fullmatch(r"[\w./:+@-]*", value)
+        quoted = value if plain else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        override = override.replace(f"{{{name}}}", quoted)
     return override
 
 

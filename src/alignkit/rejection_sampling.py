@@ -57,7 +57,7 @@ class ScorerKind(Enum):
 class RejectionSamplingConfig(StageConfig):
     """Configuration of `rejection_sampling`."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("data.path", "adapter", "previous_adapter", "reward")
+    inputs: ClassVar[tuple[str, ...]] = ("data.path", "adapter", "previous_adapter", "reward", "model.path")
 
     data: RowsConfig = field(default_factory=RowsConfig)
     adapter: Optional[str] = None  # noqa: UP045
@@ -239,7 +239,8 @@ def describe_scores(rows: Sequence[CompletionSet], config: RejectionSamplingConf
     """Metrics of the scores: what the best of 1, 2, 4, ... n is worth, and whether longer answers score higher.
 
     `best_of_n.score` is by the scores themselves; `best_of_n.grade`, with grade=true, is what the teacher gives the
-    answers that those scores choose. The latter falls where the reward model is being exploited.
+    answers that those scores choose. The latter falls where the reward model is being exploited. It is taken over the
+    questions whose scored answers all have a grade; `ungraded_questions` counts the others.
     """
     from alignkit.evaluation.statistics import bootstrap_mean
     from alignkit.scoring.best_of_n import correlation, expected_best, powers_of_two, scored
@@ -248,25 +249,29 @@ def describe_scores(rows: Sequence[CompletionSet], config: RejectionSamplingConf
     scores = [[each.score or 0.0 for each in candidates] for candidates in kept]
     flat = [value for row in scores for value in row]
     lengths = [len(each.text) for candidates in kept for each in candidates]
-    curves: dict[str, Any] = {"score": scores}
+    curves = {"score": [(row, row) for row in scores]}
+    ungraded: dict[str, int] = {}
     if config.grade:
-        curves["grade"] = _grades(rows, config)
-    return {
+        grades = _grades(rows, config)
+        graded = [(row, values) for row, values in zip(scores, grades, strict=True) if values is not None]
+        ungraded["ungraded_questions"] = len(scores) - len(graded)
+        curves |= {"grade": graded} if graded else {}
+    return ungraded | {
         "mean_score": mean(flat),
         "mean_best_score": mean(max(row) for row in scores),
         "score_length_correlation": correlation(flat, lengths),
         "best_of_n": {
             name: {
-                str(k): bootstrap_mean([expected_best(s, k, v) for s, v in zip(scores, values, strict=True)])
+                str(k): bootstrap_mean([expected_best(row, k, values) for row, values in curve])
                 for k in powers_of_two(config.sampling.n)
             }
-            for name, values in curves.items()
+            for name, curve in curves.items()
         },
     }
 
 
-def _grades(rows: Sequence[CompletionSet], config: RejectionSamplingConfig) -> list[list[float]]:
-    """The teacher's grades of the scored completions of each row that has any."""
+def _grades(rows: Sequence[CompletionSet], config: RejectionSamplingConfig) -> list[list[float] | None]:
+    """The teacher's grades of the scored completions of each row that has any; None where one of them has no grade."""
     from alignkit.scoring.best_of_n import scored
     from alignkit.scoring.judge import JudgeScorer
     from alignkit.teacher.client import open_teacher
@@ -275,13 +280,18 @@ def _grades(rows: Sequence[CompletionSet], config: RejectionSamplingConfig) -> l
     conversations = [[*row.prompt, *_turn(each)] for row, candidates in kept for each in candidates]
     scorer = JudgeScorer(open_teacher(config.teacher))
     grades = scorer.score(conversations)
-    if None in grades:
-        missing = [reason for reason in scorer.reasons if reason]
-        raise UserError(
-            f"grade=true: the teacher gave no grade for {len(missing)} completions ({missing[0]}); set grade=false"
+    remaining = iter(grades)
+    by_row = [[next(remaining) for _ in candidates] for _, candidates in kept]
+    known = [[grade for grade in found if grade is not None] for found in by_row]
+    complete = [some if len(some) == len(found) else None for some, found in zip(known, by_row, strict=True)]
+    missing = [reason for reason in scorer.reasons if reason]
+    if missing:
+        LOG.warning(
+            "grade=true: %d of %d completions have no grade, the first because: %s; %d of %d questions are left out of "
+            "the grade curve",
+            *(len(missing), len(grades), missing[0], complete.count(None), len(complete)),
         )
-    numbers = iter(grade for grade in grades if grade is not None)
-    return [[next(numbers) for _ in candidates] for _, candidates in kept]
+    return complete
 
 
 def _turn(completion: Completion) -> list[Message]:

@@ -6,6 +6,7 @@ did not help. Stages that were not run are named as missing.
 Reads:   run_dir                   a run folder: the manifests, loss curves and predictions of its steps
          replicates                run folders of the same pipeline with other seeds
 Writes:  report.html               the page
+         figures.txt               its held-out figures as plain text (where there is an evaluation)
 
 Overrides people use:
   replicates=[runs/demo-seed2]     other seeds, shown beside and pooled

@@ -54,7 +54,7 @@ NEIGHBOUR_TOLERANCE = {"torch.float32": 1e-4, "torch.bfloat16": 0.2, "torch.floa
 class RewardConfig(StageConfig):
     """Configuration of `reward`."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("data.path", "preferences.path", "adapter")
+    inputs: ClassVar[tuple[str, ...]] = ("data.path", "preferences.path", "adapter", "model.path")
 
     data: RowsConfig = field(default_factory=RowsConfig)
     preferences: RowsConfig = field(default_factory=lambda: RowsConfig(path=NONE, limit=8000))
@@ -87,6 +87,11 @@ def run(config: RewardConfig) -> Artifact:
 
         groups = read_groups(config, artifact)
         train_groups, held_out_groups = split_by_prompt(groups, config.held_out_share, config.seed)
+        if not train_groups:
+            raise UserError(
+                f"held_out_share={config.held_out_share} holds out every prompt ({len(held_out_groups)} rows) "
+                "and leaves none to train on; lower it, or give more data"
+            )
         tokenizer = load_tokenizer(config.model)
         train = encode(config, tokenizer, train_groups, train_groups, artifact)
         held_out = encode(config, tokenizer, held_out_groups, train_groups, artifact)
@@ -123,11 +128,15 @@ def read_groups(config: RewardConfig, artifact: Artifact) -> list[AnswerGroup]:
     dropped: list[Dropped] = []
     if config.data.path != NONE:
         rows, unusable = read_completions(config.data)
-        graded, without_pair = groups_from_grades(
+        graded, without_pair, left_out = groups_from_grades(
             rows, min_margin=config.min_margin, pairs_per_prompt=config.pairs_per_prompt, seed=config.seed
         )
         groups += graded
         dropped += unusable + without_pair
+        artifact.metrics |= {
+            "completions_left_out": {"unfinished": left_out.unfinished, "ungraded": left_out.ungraded},
+            "comparisons_left_out": left_out.comparisons,
+        }
     if config.preferences.path != NONE:
         pairs, unusable = read_preferences(config.preferences)
         preferred, malformed = groups_from_preferences(pairs)
@@ -158,13 +167,21 @@ def encode(
     encoded = []
     for group in groups:
         row, unreadable = encode_group(tokenizer, group, config.model.max_length, mean, deviation)
+        prompt = [message.model_dump() for message in group.prompt]
         for answer, reason in unreadable.items():
-            prompt = [message.model_dump() for message in group.prompt]
             artifact.drop({"id": group.id, "prompt": prompt, "answer": answer}, reason.split(" (")[0], reason)
         if row is not None:
             encoded.append(row)
+        else:
+            answers = {"id": group.id, "prompt": prompt, "answers": list(group.answers)}
+            artifact.drop(answers, "no comparison left", f"{len(unreadable)} answers cannot be read")
     if groups and not encoded:
-        raise UserError("no pair fits model.max_length (see dropped.jsonl)")
+        share = config.held_out_share
+        side = f"{share} leaves for training" if groups is train_groups else f"{share} holds out"
+        raise UserError(
+            f"no pair fits model.max_length={config.model.max_length} in the {len(groups)} rows that "
+            f"held_out_share={side} (see dropped.jsonl); raise model.max_length, or change held_out_share"
+        )
     return encoded
 
 
@@ -195,12 +212,12 @@ def accuracy(groups: Sequence[EncodedGroup], scores: Sequence[Sequence[float]]) 
     from alignkit.training.reward import ranked_right
 
     outcomes: dict[str, list[tuple[str, bool]]] = {"all": []}
-    for number, (group, right) in enumerate(zip(groups, ranked_right(groups, scores), strict=True)):
+    for group, right in zip(groups, ranked_right(groups, scores), strict=True):
         for comparison, is_right in zip(group.comparisons, right, strict=True):
             grade = group.grades[comparison.worse]
             names = ["all", group.source, *([] if grade is None else [f"worse answer graded {round(grade)}"])]
             for name in names:
-                outcomes.setdefault(name, []).append((str(number), is_right))
+                outcomes.setdefault(name, []).append((group.prompt_key, is_right))
     found: dict[str, Any] = {}
     for name, pairs in outcomes.items():
         prompts = [prompt for prompt, _ in pairs]

@@ -37,7 +37,7 @@ REFERENCE = "reference"
 class SampleConfig(StageConfig):
     """Configuration of `sample`."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("data.path", "adapter")
+    inputs: ClassVar[tuple[str, ...]] = ("data.path", "adapter", "model.path")
 
     data: RowsConfig = field(default_factory=RowsConfig)
     adapter: Optional[str] = None  # noqa: UP045

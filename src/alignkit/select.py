@@ -34,7 +34,6 @@ from alignkit.core.config import RowsConfig, StageConfig, TeacherConfig
 from alignkit.core.errors import UserError
 from alignkit.core.records import QAExample
 
-# Optional[...] instead of `... | None`: omegaconf reads these annotations at run time on Python 3.10, too.
 # ruff: noqa: UP045
 
 LOG = logging.getLogger("alignkit")

@@ -97,7 +97,9 @@ def run(config: SFTConfig) -> Artifact:
 
 
 def _encode(
-    config: SFTConfig, tokenizer: PreTrainedTokenizerBase, drop: Callable[[ChatExample | dict[str, object], str], None]
+    config: SFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    drop: Callable[[ChatExample | dict[str, object], str, str], None],
 ) -> Sequence[EncodedExample]:
     """Examples as tokens and labels; those that cannot be used are dropped with a reason."""
     from alignkit.data.chat import encode_example
@@ -105,12 +107,12 @@ def _encode(
 
     examples, unusable = read_examples(config.data)
     for dropped in unusable:
-        drop(dropped.row, dropped.reason)
+        drop(dropped.row, dropped.reason, dropped.detail)
     encoded = []
     for example in examples:
         row = encode_example(tokenizer, example.prompt, example.completion, config.model.max_length)
         if isinstance(row, str):
-            drop(example, row)
+            drop(example, row, "")
         else:
             encoded.append(row)
     if not encoded:
@@ -140,7 +142,7 @@ def _show(config: SFTConfig, artifact: Artifact) -> Artifact:
 
     reasons: list[str] = []
     tokenizer = load_tokenizer(config.model)
-    encoded = _encode(config, tokenizer, lambda row, reason: reasons.append(reason))
+    encoded = _encode(config, tokenizer, lambda row, reason, detail: reasons.append(reason))
     print(preview(tokenizer, encoded, count=10, colour=sys.stdout.isatty()))
     for name, passed, detail in audit_labels(tokenizer, encoded):
         print(f"check {name:28s} {'pass' if passed else 'FAIL'}  {detail}")

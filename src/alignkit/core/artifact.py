@@ -88,7 +88,7 @@ class Artifact:
     _clock: float = field(default=0.0, init=False, repr=False)
     _log: logging.FileHandler | None = field(default=None, init=False, repr=False)
     _stale: set[str] = field(default_factory=set, init=False, repr=False)
-    """Outputs of an earlier run that this one has not written (yet)."""
+    """Outputs of earlier runs that this one has not written (yet); in the manifest, so that a kill loses none."""
 
     # -- life cycle -------------------------------------------------------------------------------------------------
 
@@ -136,9 +136,17 @@ class Artifact:
             return self
         self.folder.mkdir(parents=True, exist_ok=True)
         self._open_log()
+        try:
+            self._begin()
+        except BaseException:  # `__exit__` is not called now: a full disk must not leave the folder locked
+            self._close_log()
+            raise
+        return self
+
+    def _begin(self) -> None:
         previous = read_manifest(self.folder)
         if previous:
-            self._stale = {entry["path"] for entry in previous["outputs"]}
+            self._stale = {entry["path"] for entry in previous["outputs"]} | set(previous.get("stale", ()))
         if self.config["force"] or (previous and previous["fingerprint"] != self.fingerprint):
             shutil.rmtree(self.work_folder, ignore_errors=True)  # another piece of work: nothing to resume from
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -146,7 +154,6 @@ class Artifact:
         (self.folder / "dropped.jsonl").unlink(missing_ok=True)
         self._write_manifest()
         replace_text(self.folder / "config.yaml", _yaml(self.config))
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -154,23 +161,25 @@ class Artifact:
         if self.up_to_date:
             return
         self.seconds = round(time.monotonic() - self._clock, 2)
-        if error is None:
-            self._complete()
-        else:
+        try:
+            if error is None:
+                self._complete()
+                return
             self.status = "failed"
             self.error = (
                 "interrupted" if kind is KeyboardInterrupt else f"{type(error).__name__}: {error}".splitlines()[0]
             )
             with suppress(OSError):  # on a full disk the first error is the one to report
                 self._write_manifest()
-        self._close_log()
+        finally:
+            self._close_log()
 
     def _complete(self) -> None:
         dropped = self.folder / "dropped.jsonl"
         if dropped.exists():
             self._record_output(dropped)
-        for name in self._stale:
-            _remove(self.folder / name)
+        while self._stale:
+            _remove(self.folder / self._stale.pop())
         self.status = "complete"
         self._write_manifest()
         shutil.rmtree(self.work_folder, ignore_errors=True)
@@ -223,6 +232,7 @@ class Artifact:
         os.replace(partial, final)
         _remove(old)
         self._record_output(final)
+        self._write_manifest()  # so that whatever happens next, the file is known
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
@@ -279,6 +289,7 @@ class Artifact:
                 "code_hash": self.code,
                 "inputs": self.inputs,
                 "outputs": self.outputs,
+                "stale": sorted(self._stale),
                 "metrics": self.metrics,
                 "checks": [asdict(check) for check in self.checks],
                 "dropped": dict(self.dropped),

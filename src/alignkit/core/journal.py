@@ -54,7 +54,7 @@ class Journal:
 
     def _load(self) -> bool:
         """Read finished rows; False when there is no journal of this fingerprint."""
-        if not self.path.exists():
+        if not self.path.exists() or self.path.stat().st_size == 0:  # empty: killed before its first line was flushed
             return False
         with self.path.open(encoding="utf-8", errors="replace") as file:
             for number, line in enumerate(file):

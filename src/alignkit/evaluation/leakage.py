@@ -20,7 +20,8 @@ class Leakage:
     rows: set[str] = field(default_factory=set)
     files: set[str] = field(default_factory=set)
     unknown: set[str] = field(default_factory=set)
-    """Adapters and files of which nothing can be said: no manifest, or no longer there."""
+    """Adapters and files of which it cannot be said: no manifest, no longer there, or rows whose question cannot be
+    told. What is found in the other rows of such a file counts nevertheless."""
 
 
 def find_leakage(examples: Sequence[QAExample], adapters: Iterable[str]) -> Leakage:
@@ -29,10 +30,10 @@ def find_leakage(examples: Sequence[QAExample], adapters: Iterable[str]) -> Leak
     found = Leakage()
     for adapter in adapters:
         for path in training_files(Path(adapter), found.unknown):
-            if path in found.files:
+            if path in found.files or path in found.unknown:
                 continue
-            found.files.add(path)
-            asked = (_question(row) for _, row in read_rows(path))
+            asked = {_question(row) for _, row in read_rows(path)}
+            (found.unknown if None in asked else found.files).add(path)
             found.rows |= {wanted[question] for question in asked if question in wanted}
     return found
 
@@ -54,12 +55,12 @@ def training_files(adapter: Path, unknown: set[str]) -> Iterator[str]:
 
 
 def _question(row: Mapping[str, Any]) -> str | None:
-    """The text a row asks: its last user turn, or the statement and question of a QA row."""
-    if isinstance(row.get("prompt"), list):
+    """The text a row asks: its last user turn, or the statement and question of a QA row; None in other formats."""
+    if isinstance(row.get("prompt"), list) and row["prompt"]:
         return str(row["prompt"][-1].get("content", ""))
     if isinstance(row.get("messages"), list):
         return next((str(turn["content"]) for turn in reversed(row["messages"]) if turn.get("role") == "user"), None)
-    if "instruction" in row:
+    if "instruction" in row and "instances" not in row:
         parts = (str(row["instruction"]), str(row.get("input") or ""))
         return qa_prompt(QAExample(id="-", instruction=parts[0], input=parts[1]))[-1].content
     return None

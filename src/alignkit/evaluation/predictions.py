@@ -60,11 +60,12 @@ def score_answer(text: str, reference: str, *, finished: bool, judge: float | No
 def summarise(rows: Sequence[Prediction], model: str, seed: int = 0) -> dict[str, Any]:
     """A model's scores over all rows, each an `Estimate`; one that no row has is left out.
 
-    Proportions have Wilson's interval, means a bootstrap over statements: questions about the same one go together.
+    Means have a bootstrap interval over statements, since questions about the same one go together; so has exact match
+    where statements repeat. Where all are different it has Wilson's, as the share of finished answers always has.
     """
     answers = [row.answers[model] for row in rows]
     statements = [row.instruction for row in rows]
-    summary: dict[str, Any] = {"exact_match": wilson(sum(answer.exact_match for answer in answers), len(answers))}
+    summary: dict[str, Any] = {"exact_match": _share([answer.exact_match for answer in answers], statements, seed)}
     summary["token_f1"] = bootstrap_mean([answer.token_f1 for answer in answers], statements, seed)
     judged = [
         (answer.judge, row.instruction) for answer, row in zip(answers, rows, strict=True) if answer.judge is not None
@@ -76,20 +77,23 @@ def summarise(rows: Sequence[Prediction], model: str, seed: int = 0) -> dict[str
         summary["balanced_verdict_accuracy"] = balanced_accuracy(right["yes"], right["no"], seed)
     summary["words"] = bootstrap_mean([len(words(answer.text)) for answer in answers], statements, seed)
     summary["finished"] = wilson(sum(answer.finished for answer in answers), len(answers))
-    summary["exact_match_by"] = breakdown(rows, model)
+    summary["exact_match_by"] = breakdown(rows, model, seed)
     return summary
 
 
-def breakdown(rows: Sequence[Prediction], model: str) -> dict[str, dict[str, Estimate]]:
+def breakdown(rows: Sequence[Prediction], model: str, seed: int = 0) -> dict[str, dict[str, Estimate]]:
     """Exact match by each value of each tag that the rows have: tag -> value -> `Estimate`."""
     table: dict[str, dict[str, Estimate]] = {}
     for tag in TAGS:
-        matches: dict[str, list[bool]] = {}
+        matches: dict[str, list[tuple[bool, str]]] = {}
         for row in rows:
             if (value := getattr(row, tag)) is not None:
-                matches.setdefault(str(value), []).append(row.answers[model].exact_match)
+                matches.setdefault(str(value), []).append((row.answers[model].exact_match, row.instruction))
         if matches:
-            table[tag] = {value: wilson(sum(right), len(right)) for value, right in matches.items()}
+            table[tag] = {
+                value: _share([right for right, _ in found], [statement for _, statement in found], seed)
+                for value, found in matches.items()
+            }
     return table
 
 
@@ -111,6 +115,13 @@ def compare(rows: Sequence[Prediction], new: str, old: str, seed: int = 0) -> di
     comparison["gained"], comparison["lost"] = changes.count(1), changes.count(-1)
     comparison["mcnemar_p"] = mcnemar_p(comparison["gained"], comparison["lost"])
     return comparison
+
+
+def _share(right: Sequence[bool], statements: Sequence[str], seed: int) -> Estimate:
+    """A share of rows: with Wilson's interval if each has a statement of its own, or else resampled by statement."""
+    if len(set(statements)) == len(right):
+        return wilson(sum(right), len(right))
+    return bootstrap_mean([float(each) for each in right], statements, seed)
 
 
 def _right_verdicts(rows: Sequence[Prediction], model: str, wanted: str) -> list[float]:

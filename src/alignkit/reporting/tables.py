@@ -138,7 +138,7 @@ def _asks_teacher(step: Step) -> bool:
         "expand": True,
         "judge": True,
         "select": config.get("quality", {}).get("mode") == "judge",
-        "rejection_sampling": config.get("scorer") == "judge",
+        "rejection_sampling": config.get("scorer") == "judge" or config.get("grade") is True,
         "evaluate": config.get("judge") is True,
     }
     return "teacher" in config and asked.get(step.stage, False)

@@ -51,6 +51,7 @@ class EncodedGroup:
     """A row of training: prompt and answers as tokens, the comparisons between them, grades, and targets or NaN."""
 
     source: str
+    prompt_key: str
     tokens: PromptGroup
     comparisons: tuple[Comparison, ...]
     grades: tuple[float | None, ...]
@@ -93,7 +94,7 @@ def encode_group(
     tokens = PromptGroup(prompt, tuple(ids for ids in encoded if not isinstance(ids, str)))
     grades = tuple(group.grades[place] for place in kept)
     targets = tuple(UNKNOWN if grade is None else (grade - mean) / deviation for grade in grades)
-    return EncodedGroup(group.source, tokens, comparisons, grades, targets), dropped
+    return EncodedGroup(group.source, group.prompt_key, tokens, comparisons, grades, targets), dropped
 
 
 def train_reward_model(

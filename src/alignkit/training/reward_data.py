@@ -38,6 +38,18 @@ class AnswerGroup:
         return json.dumps([(message.role, message.content) for message in self.prompt], ensure_ascii=False)
 
 
+@dataclass
+class LeftOut:
+    """What of the graded rows is not learnt from, beside the rows that are dropped whole."""
+
+    unfinished: int = 0
+    """Completions whose end was never written."""
+    ungraded: int = 0
+    """Finished completions without a grade."""
+    comparisons: int = 0
+    """Comparisons beyond `pairs_per_prompt`."""
+
+
 def compare(grades: Sequence[float | None], min_margin: float) -> list[Comparison]:
     """Every two answers whose grades differ by at least `min_margin` (and differ at all), the better one first.
 
@@ -54,18 +66,23 @@ def compare(grades: Sequence[float | None], min_margin: float) -> list[Compariso
 
 def groups_from_grades(
     rows: Iterable[CompletionSet], *, min_margin: float, pairs_per_prompt: int, seed: int
-) -> tuple[list[AnswerGroup], list[Dropped]]:
+) -> tuple[list[AnswerGroup], list[Dropped], LeftOut]:
     """One group a prompt whose completions were graded.
 
     Equal texts count once, with the mean of their grades. Of more than `pairs_per_prompt` comparisons as many are drawn
     at random (the largest margins alone would be the easy ones). Unfinished completions are left out: their end was
-    never written, so it cannot be judged. A row that yields no comparison is dropped.
+    never written, so it cannot be judged. A row that yields no comparison is dropped. Completions left out are counted
+    over all rows, also those that are dropped.
     """
-    groups, dropped = [], []
+    groups, dropped, left_out = [], [], LeftOut()
     for row in rows:
         by_text: dict[str, list[float]] = defaultdict(list)
         for completion in row.completions:
-            if completion.score is not None and completion.finished:
+            if not completion.finished:
+                left_out.unfinished += 1
+            elif completion.score is None:
+                left_out.ungraded += 1
+            else:
                 by_text[completion.text].append(completion.score)
         grades = [sum(scores) / len(scores) for scores in by_text.values()]
         comparisons = compare(grades, min_margin)
@@ -74,6 +91,7 @@ def groups_from_grades(
             dropped.append(Dropped(reason=reason, row=row.model_dump(mode="json", exclude_none=True)))
             continue
         if len(comparisons) > pairs_per_prompt:
+            left_out.comparisons += len(comparisons) - pairs_per_prompt
             comparisons = Random(f"{seed}/{row.id}").sample(comparisons, pairs_per_prompt)
         kind = (row.model_extra or {}).get("kind")
         groups.append(
@@ -86,7 +104,7 @@ def groups_from_grades(
                 comparisons=tuple(comparisons),
             )
         )
-    return groups, dropped
+    return groups, dropped, left_out
 
 
 def groups_from_preferences(pairs: Iterable[PreferencePair]) -> tuple[list[AnswerGroup], list[Dropped]]:
