@@ -155,3 +155,24 @@ def test_what_a_stage_reads_is_what_another_wrote(smoke_run: Path) -> None:
                 assert entry["sha256"] == written[entry["path"]], entry
                 checked += 1
     assert checked >= 10
+
+
+@pytest.mark.xdist_group("smoke")
+def test_a_preference_pair_can_be_followed_back_to_the_seeds(smoke_run: Path) -> None:
+    pairs = smoke_run / "runs/demo/rejection_sampling/pairs.jsonl"
+    row = json.loads(pairs.read_text(encoding="utf-8").splitlines()[0])
+    done = subprocess.run(
+        [sys.executable, "-m", "alignkit", "lineage", f"runs/demo/rejection_sampling/pairs.jsonl#{row['id']}"],
+        cwd=smoke_run, env=ENVIRONMENT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "seeds.jsonl#seeds-" in done.stdout
+    assert "is in none of the inputs" not in done.stdout
+
+
+def test_only_the_report_is_out_of_date_when_the_report_is_mended() -> None:
+    from alignkit.core.hashing import _code
+
+    rooms = {stage: {path.parent.name for path in _code(stage)} for stage in ("sft", "report")}
+    assert "reporting" not in rooms["sft"]
+    assert "training" in rooms["sft"]
+    assert "reporting" in rooms["report"]

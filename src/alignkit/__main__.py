@@ -61,10 +61,12 @@ def overview() -> str:
 def _lineage(arguments: Sequence[str]) -> int:
     from alignkit.core.lineage import lineage
 
-    if len(arguments) != 1 or arguments[0] in ("--help", "-h"):
-        raise UserError(
-            "usage: alignkit lineage PATH, where PATH is a run folder, something in it, or file.jsonl#row-id"
-        )
+    usage = "usage: alignkit lineage PATH, where PATH is a run folder, something in it, or file.jsonl#row-id"
+    if arguments and arguments[0] in ("--help", "-h"):
+        print(usage)
+        return DONE
+    if len(arguments) != 1:
+        raise UserError(usage)
     print("\n".join(lineage(arguments[0])))
     return DONE
 

@@ -100,7 +100,10 @@ def run(config: ExpandConfig) -> Artifact:
         if not examples:
             reasons = ", ".join(f"{reason} ({times} times)" for reason, times in artifact.dropped.most_common(3))
             where = artifact.folder / "dropped.jsonl"
-            raise UserError(f"expand: no usable example in {usage.requests} answers: {reasons}. {where} has them all.")
+            raise UserError(
+                f"expand: no usable example in {usage.requests} answers: {reasons}. {where} has them all. "
+                "For texts outside the demo's world name a real teacher: teacher=openai teacher.model=..."
+            )
         if len(examples) < config.count:
             told = f"{len(examples)} of {config.count} rows after {usage.requests} requests"
             LOG.warning("expand: %s; see dropped.jsonl, and raise max_requests or add seeds", told)

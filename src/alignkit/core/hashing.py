@@ -66,7 +66,8 @@ def count_rows(path: Path) -> int | None:
 def code_hash(stage: str) -> str:
     """Hash of what a stage runs besides its configuration: the stage's own file, the whole kit, weights and prompts.
 
-    Other stages' files do not count: mending one must not make the others' work out of date.
+    Other stages' files do not count, nor, but for the report, does what only the report is made with: mending one must
+    not make the others' work out of date.
     """
     digest = hashlib.sha256()
     for path in sorted(_code(stage)):
@@ -76,7 +77,8 @@ def code_hash(stage: str) -> str:
 
 def _code(stage: str) -> Iterator[Path]:
     yield from stages.PACKAGE.glob(f"{stage}.py")
+    others = {"conf", "dataset_optimization"} | ({"reporting"} if stage != "report" else set())
     for folder in stages.PACKAGE.iterdir():
-        if folder.is_dir() and folder.name not in ("conf", "dataset_optimization"):
+        if folder.is_dir() and folder.name not in others:
             yield from (file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
     yield from (stages.recipe_dir() / "prompts").glob("*.jinja")

@@ -95,6 +95,8 @@ def _trace_row(path: Path, name: str, row_id: str, row: Row, indent: str, seen: 
             yield from _changed_since(entry, source, origin, indent)
             for found_id, found in find_rows(source, wanted).items():
                 missing.discard(found_id)
+                if found_id == row_id:  # the same row, one stage earlier: its parents are found from there
+                    missing -= set(found.get("parents", []))
                 yield from _trace_row(source, entry["path"], found_id, found, indent, seen)
         else:
             yield f"{indent}with {entry['key']} {entry['path']}  {_identity(source)}"

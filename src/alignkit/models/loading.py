@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -105,6 +106,8 @@ def load_base(model: ModelConfig) -> PreTrainedModel:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    # peft still reads a property that transformers is renaming; a user can do nothing about it
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     source, dtype = model_source(model), resolve_dtype(model.dtype)
     keywords: dict[str, Any] = {"dtype": dtype, "attn_implementation": model.attn, "revision": model.revision}
     if torch.cuda.is_available():
