@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -46,3 +47,18 @@ def test_python_blocks_run(smoke_run: Path, block: str) -> None:
         [sys.executable, "-c", block], cwd=smoke_run, env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_command_that_needs_a_teacher_and_a_gpu_is_planned() -> None:
+    """What it would run is composed and checked to the last key; running it takes a key and a GPU."""
+    from alignkit.core.app import load_config
+    from alignkit.pipeline import plan
+
+    blocks = [block for kind, block in BLOCKS if kind == "text" and "alignkit.pipeline" in block]
+    assert len(blocks) == 1
+    words = shlex.split(blocks[0].replace("\\\n", " ").replace("<model>", "some-model"))
+    overrides = words[words.index("alignkit.pipeline") + 1 :]
+    steps = {step.name: step.config for step in plan(load_config("pipeline", overrides))}
+    assert steps["expand"].seeds.path == "my_seeds.jsonl"  # type: ignore[attr-defined]
+    assert steps["judge"].teacher.model == "some-model"  # type: ignore[attr-defined]
+    assert steps["dpo"].model.name == "qwen2_5_7b"  # type: ignore[attr-defined]
