@@ -25,10 +25,34 @@ class Quantization(Enum):
 
 
 class TeacherMode(Enum):
-    """Who answers: the embedded rule-based teacher of the closed world, or an OpenAI-compatible server."""
+    """Who answers: the embedded rule-based teacher of the closed world, or an OpenAI-compatible server.
+
+    A server is asked request by request, or through its Batch API, which takes hours and costs less.
+    """
 
     scripted = "scripted"
     openai = "openai"
+    batch = "batch"
+
+
+class TeacherApi(Enum):
+    """What a server is sent: chat messages, or one prompt text for models without a chat template."""
+
+    chat = "chat"
+    completions = "completions"
+
+
+class Structured(Enum):
+    """How a server is held to the JSON that is wanted.
+
+    By its schema, by asking for some JSON object, or by the words of the prompt alone. `auto` begins with the first and
+    goes down for a server that refuses or ignores it.
+    """
+
+    auto = "auto"
+    json_schema = "json_schema"
+    json_object = "json_object"
+    text = "text"
 
 
 @dataclass
@@ -46,7 +70,14 @@ class StageConfig:
         "teacher.store",
         "teacher.concurrency",
         "teacher.timeout_seconds",
+        "teacher.requests_per_minute",
+        "teacher.tokens_per_minute",
+        "teacher.structured",
         "teacher.allow_http",
+        "teacher.prices",
+        "teacher.max_cost",
+        "teacher.retry_failed",
+        "dry_run",
     )
     """Keys (dotted) that say where and how fast, but not what: finished work stays up to date when they change."""
 
@@ -140,6 +171,17 @@ class SamplingConfig:
 
 
 @dataclass
+class PricesConfig:
+    """What a million tokens cost. A price without a value is not known: costs are then "n/a"."""
+
+    input_per_million: Optional[float] = None
+    output_per_million: Optional[float] = None
+    as_of: Optional[str] = None
+    """The day on which the server's owner asked for these prices, like 2026-11-20."""
+    currency: str = "USD"
+
+
+@dataclass
 class TeacherConfig:
     """Who expands, answers and grades."""
 
@@ -149,13 +191,39 @@ class TeacherConfig:
     model: str = MISSING
     api_key_env: str = "OPENAI_API_KEY"
     """NAME of the environment variable that holds the key, never the key itself; empty when the server needs none."""
+    api: TeacherApi = TeacherApi.chat
+    """Chat messages, or one prompt text."""
+    structured: Structured = Structured.auto
+    """How the server is held to the JSON that is wanted."""
     temperature: float = 0.7
     max_tokens: int = 1024
     concurrency: int = 8
+    """Most requests under way at once; fewer when the server says that it is too much."""
+    requests_per_minute: Optional[float] = None
+    """Send no more than this, evenly spaced; none: no limit but the server's."""
+    tokens_per_minute: Optional[float] = None
+    """Of prompts and answers together."""
     timeout_seconds: float = 60.0
+    """Deadline of one attempt at a request as a whole; after it the attempt is repeated."""
     store: str = "runs/${run}/teacher.sqlite"
     """Response store: a request that was answered once is never sent again."""
     allow_http: bool = False
     """Send key and documents over plain http to another machine."""
+    prices: PricesConfig = field(default_factory=PricesConfig)
+    max_cost: Optional[float] = None
+    """Send nothing more once this much is spent, in the currency of the prices; none: no limit."""
+    retry_failed: bool = False
+    """Ask again what the response store holds as failed."""
     mistake_rate: float = 0.15
     """Of the scripted teacher only: the share of the answers it writes that is wrong on purpose."""
+
+
+@dataclass
+class TeacherStageConfig(StageConfig):
+    """What the configuration of every stage that asks a teacher has besides."""
+
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    max_failure_rate: float = 0.2
+    """Share of the requests that may end without a usable answer; above it the stage fails, after writing."""
+    dry_run: bool = False
+    """Only say what would be asked: requests, tokens, what the response store already holds, and the price."""

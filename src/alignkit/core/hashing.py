@@ -81,4 +81,4 @@ def _code(stage: str) -> Iterator[Path]:
     for folder in stages.PACKAGE.iterdir():
         if folder.is_dir() and folder.name not in others:
             yield from (file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
-    yield from (stages.recipe_dir() / "prompts").glob("*.jinja")
+    yield from (stages.recipe_dir() / "prompts").glob("*.*")

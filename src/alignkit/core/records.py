@@ -88,6 +88,21 @@ class PreferencePair(Row):
         return self
 
 
+class DocumentPage(Row):
+    """One page of a document; `page` counts from 1. `id` is `<document>#<page>` when it is not given."""
+
+    id: str = ""
+    document: str = Field(min_length=1)
+    page: int = Field(ge=1)
+    text: str
+    metadata: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _name(self) -> DocumentPage:
+        self.id = self.id or f"{self.document}#{self.page}"
+        return self
+
+
 class Dropped(BaseModel):
     """A row that did not pass, and why. `row` is the row as it was read."""
 

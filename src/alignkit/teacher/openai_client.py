@@ -1,289 +1,292 @@
 """A teacher behind an OpenAI-compatible server, through the `openai` package with its own retries switched off.
 
 The package retries while it holds a connection slot, gives up on truncated bodies, takes an HTML page for an answer and
-has no deadline for a request as a whole. Here a request waits for its next attempt outside the slots, and each failure
-is one of three kinds: *fatal* ends the run with everything answered stored, *transient* is tried again, and anything
-else is the error of that one request.
+has no deadline for a request as a whole. Here a request waits for its next attempt in one queue, outside the slots
+(`retry_queue`), and each failure is of one of four kinds (`failures`). Bodies go out and come back as plain JSON
+(`wire`): building and checking the package's own objects for them took as long as everything else together.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
-import os
+import math
 import random
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from ipaddress import ip_address
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from alignkit.core.config import TeacherConfig
+from alignkit.core.config import Structured, TeacherConfig
 from alignkit.core.errors import UserError
+from alignkit.teacher.address import checked_url, is_loopback, read_key, server_host, without_key
+from alignkit.teacher.call import Call
 from alignkit.teacher.client import Answer, OnAnswer, Request
-from alignkit.teacher.store import ResponseStore, store_key
+from alignkit.teacher.dialect import Dialect, conforms, first_dialect
+from alignkit.teacher.failures import REFUSED, Failure, Kind, classify, no_answer, read_retry_after
+from alignkit.teacher.ledger import Ledger
+from alignkit.teacher.limits import Limits
+from alignkit.teacher.live import LiveLine
+from alignkit.teacher.replay import Pending
+from alignkit.teacher.retry_queue import RetryQueue
+from alignkit.teacher.store import Reply, ResponseStore
+from alignkit.teacher.tokens import ESTIMATE_MARGIN
+from alignkit.teacher.wire import endpoint, read_completion, request_body
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 LOG = logging.getLogger("alignkit")
 
-DEFAULT_BASE_URL = "https://api.openai.com/v1"
-"""Always passed explicitly: the package would otherwise follow OPENAI_BASE_URL and send key and documents there."""
-NO_KEY = "none"
-"""What a server that asks for no key is sent: the package insists on one."""
 LONGEST_DELAY_SECONDS = 30.0
+POOL_SLOTS = 16
+"""Requests under way that share a connection pool. For each request a pool looks at all of its connections, so with 64
+under way four pools take a fifth less CPU time than one."""
+PATIENCE = 5
+"""So many times as many attempts are made while the server only says that there are too many requests."""
 OUTAGE_REQUESTS = 8
-"""So many requests in a row whose attempts were all in vain are taken for a server that is down: fatal."""
-_FATAL = {
-    401: "the key was refused",
-    402: "the account is empty",
-    403: "access was refused",
-    404: "no such model or address",
-}
-_TRANSIENT = {408, 409, 429}
-
-
-@dataclass(frozen=True)
-class Transient:
-    """A failure that may pass: what happened, and how many seconds the server asked to wait, if it did."""
-
-    message: str
-    retry_after: float | None = None
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """What the requests of one `ask` share. `stop` is set by the first fatal failure: nothing is sent after it."""
-
-    client: AsyncOpenAI
-    store: ResponseStore
-    slots: asyncio.Semaphore
-    stop: asyncio.Event
+"""So many requests in a row whose attempts were all in vain are taken for a server that is down, and so many refused
+ones before the first reply for a mistake in the configuration: fatal."""
 
 
 class OpenAITeacher:
-    """Asks a server; keeps every answer in the response store and consults it first.
+    """Asks a server; keeps every reply in the response store and consults it first.
 
-    Raises `UserError` for a missing key, an unsafe URL, and any fatal failure.
+    Raises `UserError` for a missing key, an unsafe URL, numbers that make no sense, and any fatal failure.
     """
 
     def __init__(self, config: TeacherConfig, *, attempts: int = 6, first_delay_seconds: float = 0.5) -> None:
-        if config.concurrency < 1 or config.timeout_seconds <= 0:
-            raise UserError("teacher.concurrency must be at least 1, and teacher.timeout_seconds more than 0")
+        check_config(config)
         self.config = config
         self.attempts = attempts
         self.first_delay_seconds = first_delay_seconds
         self.base_url = checked_url(config)
-        self._key = read_key(config.api_key_env)
-        self._in_vain = 0
-        LOG.info("teacher: %s at %s", config.model, urlsplit(self.base_url).netloc)
+        self.key = read_key(config.api_key_env)
+        self.ledger = Ledger(config)
+        self.usage = self.ledger.usage
+        self.limits = Limits(config.concurrency, config.requests_per_minute, config.tokens_per_minute)
+        self.answered = False
+        """Whether there was any reply."""
+        self.in_vain = 0
+        """Requests in a row that got none."""
+        LOG.info("teacher: %s at %s", config.model, server_host(config))
 
     def ask(self, requests: Sequence[Request], on_answer: OnAnswer | None = None) -> list[Answer]:
         """Answer every request, from the store where it was answered before; equal requests are sent once."""
-        bodies = [self._body(request) for request in requests]
-        positions: dict[str, list[int]] = defaultdict(list)
-        for position, body in enumerate(bodies):
-            positions[store_key(body)].append(position)
-        answers: dict[int, Answer] = {}
-
-        def settle(key: str, answer: Answer) -> None:
-            for position in positions[key]:
-                answers[position] = answer
-                if on_answer:
-                    on_answer(position, answer)
-
         with ResponseStore(Path(self.config.store)) as store:
-            missing: dict[str, dict[str, Any]] = {}
-            for key, (first, *_) in positions.items():
-                if (stored := store.get(key)) is not None:
-                    settle(key, stored)
-                else:
-                    missing[key] = bodies[first]
-            if missing:
-                asyncio.run(self._ask_server(missing, store, settle))
-        return [answers[position] for position in range(len(bodies))]
+            return _Asking(self, store, requests, on_answer).answer_all()
 
-    def _body(self, request: Request) -> dict[str, Any]:
-        """Everything that decides the answer to a request."""
-        temperature = self.config.temperature if request.temperature is None else request.temperature
-        return {
-            "host": self.base_url,
-            "model": self.config.model,
-            "messages": [{"role": message.role, "content": message.content} for message in request.messages],
-            "temperature": temperature,
-            "max_tokens": self.config.max_tokens,
-            "sample": request.sample,
-        }
 
-    async def _ask_server(
-        self, bodies: Mapping[str, Mapping[str, Any]], store: ResponseStore, settle: Callable[[str, Answer], None]
+class _Asking:
+    """One `ask`: which requests wait for which call, and what came of each attempt."""
+
+    def __init__(
+        self, teacher: OpenAITeacher, store: ResponseStore, requests: Sequence[Request], on_answer: OnAnswer | None
     ) -> None:
-        """Send all bodies, `concurrency` at a time; what is under way at a fatal failure is waited for and stored."""
+        self.teacher, self.config, self.ledger = teacher, teacher.config, teacher.ledger
+        self.store, self.requests, self.on_answer = store, requests, on_answer
+        self.answers: dict[int, Answer] = {}
+        self.waiting: dict[str, list[int]] = defaultdict(list)
+        """Positions of the requests that wait for the reply to a key."""
+        self.server = f"{teacher.base_url} {self.config.model}"
+        self.dialect: Dialect = first_dialect(self.config, store.get_dialect(self.server))
+        limits = teacher.limits
+        self.queue: RetryQueue[Call] = RetryQueue(self._attempt, self._admit, lambda: limits.concurrency.now)
+
+    def answer_all(self) -> list[Answer]:
+        """The answers in the order of the requests."""
+        calls = []
+        for position, request in enumerate(self.requests):
+            outcome = self.ledger.look_up(self.store, request)
+            if isinstance(outcome, Answer):
+                self._settle(position, outcome)
+            elif (call := self._wait_for(position, outcome)) is not None:
+                calls.append(call)
+        if calls:
+            self.line = LiveLine(len(self.requests) - len(self.answers), self.ledger.usage, self.config.prices)
+            with self.line:
+                asyncio.run(self._send_all(calls))
+        return [self.answers[position] for position in range(len(self.requests))]
+
+    async def _send_all(self, calls: Sequence[Call]) -> None:
+        async with AsyncExitStack() as stack:
+            pools = math.ceil(min(self.config.concurrency, len(calls)) / POOL_SLOTS)
+            self.clients = itertools.cycle([await stack.enter_async_context(self._client()) for _ in range(pools)])
+            await self.queue.run(calls)
+
+    def _client(self) -> AsyncOpenAI:
+        """The package's client, with a connection pool of its own."""
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
-        # Redirects are not followed: they would carry the documents to a host that nobody named.
-        http = DefaultAsyncHttpxClient(follow_redirects=False, timeout=self.config.timeout_seconds)
-        async with AsyncOpenAI(api_key=self._key, base_url=self.base_url, max_retries=0, http_client=http) as client:
-            batch = _Batch(client, store, asyncio.Semaphore(self.config.concurrency), asyncio.Event())
+        async def read_headers(response: Any) -> None:
+            self.teacher.limits.learn(response.headers)
 
-            async def work(key: str, body: Mapping[str, Any]) -> None:
-                try:
-                    answer = await self._persist(batch, body)
-                    if answer is not None:
-                        settle(key, answer)
-                except BaseException:
-                    batch.stop.set()
-                    raise
+        # Redirects would carry the documents to a host that nobody named, and a proxy has no business on loopback.
+        http = DefaultAsyncHttpxClient(
+            follow_redirects=False,
+            timeout=self.config.timeout_seconds,
+            trust_env=not is_loopback(urlsplit(self.teacher.base_url).hostname or ""),
+            event_hooks={"response": [read_headers]},
+        )
+        return AsyncOpenAI(api_key=self.teacher.key, base_url=self.teacher.base_url, max_retries=0, http_client=http)
 
-            all_work = (work(key, body) for key, body in bodies.items())
-            for failure in await asyncio.gather(*all_work, return_exceptions=True):
-                if failure is not None:
-                    raise failure
+    def _wait_for(self, position: int, pending: Pending) -> Call | None:
+        """Let a request wait for a reply; the call that is to bring it, unless there is one already."""
+        self.waiting[pending.key].append(position)
+        return Call(pending) if len(self.waiting[pending.key]) == 1 else None
 
-    async def _persist(self, batch: _Batch, body: Mapping[str, Any]) -> Answer | None:
-        """Try until there is an answer or the attempts are used up; None when the run was stopped meanwhile."""
-        last = ""
-        for attempt in range(self.attempts):
-            async with batch.slots:
-                if batch.stop.is_set():
-                    return None
-                outcome = await self._send(batch, body)
-            if isinstance(outcome, Answer):
-                self._in_vain = 0
-                return outcome
-            last = outcome.message
-            if attempt + 1 < self.attempts:
-                await self._pause(batch, attempt, outcome.retry_after)
-        self._in_vain += 1
-        if self._in_vain >= OUTAGE_REQUESTS:
-            raise self._fatal(f"{OUTAGE_REQUESTS} requests in a row, or more, were in vain ({last})")
-        return Answer(None, f"no answer in {self.attempts} attempts; the last: {last}")
+    def _settle(self, position: int, answer: Answer) -> None:
+        self.answers[position] = answer
+        self.ledger.usage.count_answer(answer)
+        if self.on_answer:
+            self.on_answer(position, answer)
 
-    async def _send(self, batch: _Batch, body: Mapping[str, Any]) -> Answer | Transient:
-        """One attempt, within the deadline. A completion is stored before it is returned: it was paid for."""
-        from openai import OpenAIError
+    def _admit(self, call: Call) -> float:
+        """Seconds until the limits let a call go; 0 when it goes now, infinity when only money is missing."""
+        limits = self.teacher.limits
+        prompt = call.expect_tokens() if limits.count_tokens or self.config.max_cost is not None else 0
+        if (wait := limits.wait(prompt + call.longest_answer)) > 0:
+            return wait
+        reserved = self.ledger.reserve(round(prompt * (1 + ESTIMATE_MARGIN)), call.longest_answer)
+        if reserved is None:
+            if self.queue.under_way:
+                return math.inf
+            raise self.ledger.exhausted(len(self.requests) - len(self.answers))
+        call.reserved = reserved
+        limits.take(prompt + call.longest_answer)
+        return 0.0
 
-        sent: Any = {name: value for name, value in body.items() if name not in ("host", "sample")}
+    async def _attempt(self, call: Call) -> float | None:
+        """One attempt; None when the call is done with, else the seconds to wait before the next."""
+        call.attempts += 1
+        self.ledger.usage.sent += 1
+        self.line.repeated += call.attempts > 1
+        request = call.pending.request
+        rung = None if request.shape is None else call.rung or self.dialect.structured
+        body = request_body(call.pending.parts, request, self.dialect, rung)
+        outcome = await self._post(body)
+        came = isinstance(outcome, Reply) or outcome.status == 200
+        self.ledger.release(call.reserved, unreported=came and outcome.prompt_tokens is None)
+        self.teacher.limits.concurrency.record(refused=isinstance(outcome, Failure) and outcome.rate_limited)
+        if isinstance(outcome, Failure):
+            return self._fail(call, body, rung, outcome)
+        if outcome.prompt_tokens is not None:
+            used = outcome.prompt_tokens + (outcome.completion_tokens or 0)
+            self.teacher.limits.correct((call.expected_tokens or 0) + call.longest_answer, used)
+        if rung and request.shape and outcome.reason is None:
+            self._learn(self.dialect.observe(rung, conforms(outcome.text or "", request.shape, rung)))
+        self.teacher.answered, self.teacher.in_vain = True, 0
+        self._receive(call, outcome)
+        return None
+
+    async def _post(self, body: dict[str, Any]) -> Reply | Failure:
+        """Send a body, and read what comes back within the deadline; the key is blotted out before anything is cut."""
+        from openai import APIStatusError, APITimeoutError, OpenAIError
+
+        key = self.teacher.key
         try:
             async with asyncio.timeout(self.config.timeout_seconds):
-                reply = await batch.client.chat.completions.create(**sent)
-        except (OpenAIError, TimeoutError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            return self._classify(error)
-        answer = read_completion(reply)
-        if isinstance(answer, Answer):
-            batch.store.put(body, answer)
-        return answer
+                raw = await next(self.clients).post(endpoint(self.config), cast_to=bytes, body=body)
+        except (TimeoutError, APITimeoutError):
+            return no_answer(f"nothing within {self.config.timeout_seconds:g} s")
+        except APIStatusError as error:
+            retry_after = read_retry_after(error.response.headers)
+            return classify(error.status_code, without_key(error.body, key), retry_after)
+        except OpenAIError as error:
+            return no_answer(without_key(f"{type(error).__name__}: {error} {error.__cause__ or ''}", key))
+        try:
+            return read_completion(without_key(json.loads(raw), key))
+        except (ValueError, RecursionError):
+            beginning = without_key(raw[:2000].decode("utf-8", "replace"), key)[:60]
+            return no_answer(f"the server replied with something that is no JSON: {beginning}", 200)
 
-    def _classify(self, error: Exception) -> Answer | Transient:
-        """What a failed attempt means. Raises `UserError` when it is fatal."""
-        from openai import APIStatusError
+    def _receive(self, call: Call, reply: Reply) -> None:
+        """Store a reply, before it is returned: it was paid for. Then see what the requests make of it."""
+        key = call.pending.key
+        self.store.put(key, call.pending.parts, call.complete(reply))
+        self.ledger.receive(key)
+        for position in self.waiting.pop(key):
+            outcome = self.ledger.look_up(self.store, self.requests[position])
+            if isinstance(outcome, Answer):
+                self._show(position, replace(outcome, stored=False))
+            elif (repetition := self._wait_for(position, outcome)) is not None:
+                self.queue.add(repetition)
 
-        if isinstance(error, TimeoutError):
-            return Transient(f"nothing within {self.config.timeout_seconds:g} s")
-        message = self._describe(error)
-        if not isinstance(error, APIStatusError):
-            return Transient(f"{type(error).__name__}: {message}")
-        status = error.status_code
-        no_quota = "insufficient_quota" in (error.code, error.type)
-        if status in _FATAL or no_quota:
-            what = "the quota is used up" if no_quota else _FATAL[status]
-            raise self._fatal(f"{what} ({message})")
-        if status in _TRANSIENT or status >= 500:
-            return Transient(message, _seconds(error.response.headers.get("retry-after")))
-        return Answer(None, message)
+    def _fail(self, call: Call, body: dict[str, Any], rung: Structured | None, failure: Failure) -> float | None:
+        """Do what the kind of a failure asks for; returns like `_attempt`."""
+        call.waste(failure)
+        self.ledger.usage.unreported += failure.status == 200 and failure.prompt_tokens is None
+        if failure.kind is Kind.fatal:
+            raise self._fatal(str(failure))
+        if (change := self.dialect.correct(body, failure)) is not None:
+            self._learn(change)
+            return 0.0
+        if (lower := self.dialect.next_rung(rung, failure)) is not None:
+            call.rung = lower
+            return 0.0
+        if failure.kind is Kind.per_item:
+            self._receive(call, Reply(None, reason=failure.reason, detail=failure.detail))
+            self.teacher.in_vain += failure.reason == REFUSED
+            if self.teacher.in_vain >= OUTAGE_REQUESTS and not self.teacher.answered:
+                raise self._fatal(
+                    f"every request is refused ({failure.detail}); ask again with teacher.retry_failed=true"
+                )
+            return None
+        return self._retry(call, failure)
+
+    def _retry(self, call: Call, failure: Failure) -> float | None:
+        """Seconds to wait after a failure that may pass, or None after the last attempt.
+
+        As long as the server asks, and a random part of a delay that doubles each time ("full jitter": Brooker, 2015,
+        "Exponential backoff and jitter").
+        """
+        most = self.teacher.attempts
+        call.refusals += failure.rate_limited
+        call.failures += not failure.rate_limited
+        if call.failures < most and call.refusals < PATIENCE * most:
+            doubled = self.teacher.first_delay_seconds * 2.0 ** (call.failures + call.refusals - 1)
+            return (failure.retry_after or 0.0) + random.uniform(0, min(LONGEST_DELAY_SECONDS, doubled))
+        self.teacher.in_vain += 1
+        if self.teacher.in_vain >= OUTAGE_REQUESTS:
+            raise self._fatal(f"{OUTAGE_REQUESTS} requests in a row, or more, were in vain ({failure})")
+        self.ledger.count_tokens(call.prompt_tokens, call.completion_tokens, now=True)
+        detail = f"{call.attempts} attempts; the last: {failure}"
+        for position in self.waiting.pop(call.pending.key):
+            self._show(position, Answer(None, reason="no answer", detail=detail))
+        return None
+
+    def _show(self, position: int, answer: Answer) -> None:
+        self._settle(position, answer)
+        self.line.update(failed=not answer.usable)
+
+    def _learn(self, change: str | None) -> None:
+        """Remember what was learnt of the server, and say it once."""
+        if change is None or (dialect := self.dialect.dump()) == self.store.get_dialect(self.server):
+            return
+        self.store.put_dialect(self.server, dialect)
+        LOG.info("teacher: %s %s", self.config.model, change)
 
     def _fatal(self, what: str) -> UserError:
-        where = f"teacher {self.config.model} at {urlsplit(self.base_url).netloc}"
+        where = f"teacher {self.config.model} at {server_host(self.config)}"
         key = self.config.api_key_env or "(none)"
         return UserError(
             f"{where}: {what}. Nothing is lost: mend teacher.model, teacher.base_url or the key in {key}, and the same "
             "command goes on from here."
         )
 
-    def _describe(self, error: Exception) -> str:
-        """An error's message on one line, with its cause, without the key (some servers quote it)."""
-        message = f"{error} {error.__cause__ or ''}"
-        if self._key != NO_KEY:
-            message = message.replace(self._key, "***")
-        return " ".join(message.split())[:300]
 
-    async def _pause(self, batch: _Batch, attempt: int, retry_after: float | None) -> None:
-        """Wait as long as the server asks, and a random part of a delay that doubles each time ("full jitter")."""
-        delay = random.uniform(0, min(LONGEST_DELAY_SECONDS, self.first_delay_seconds * 2**attempt))
-        delay += min(retry_after or 0.0, LONGEST_DELAY_SECONDS)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(delay):
-                await batch.stop.wait()
-
-
-def read_completion(reply: Any) -> Answer | Transient:
-    """The answer in what the package returned, which may be no completion at all: an HTML page comes as a `str`."""
-    choices = getattr(reply, "choices", None)
-    message = getattr(choices[0], "message", None) if choices else None
-    if not choices or message is None:
-        return Transient("the server replied with something that is no completion")
-    finish, text = getattr(choices[0], "finish_reason", None), getattr(message, "content", None)
-    error = None
-    if finish == "length":
-        error = "cut at teacher.max_tokens"
-    elif finish == "content_filter":
-        error = "withheld by the server's content filter"
-    elif not isinstance(text, str) or not text.strip():
-        error = "empty answer"
-    usage = getattr(reply, "usage", None)
-    prompt_tokens, completion_tokens = getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None)
-    return Answer(None if error else text, error, prompt_tokens, completion_tokens)
-
-
-def checked_url(config: TeacherConfig) -> str:
-    """The server's base URL. Raises `UserError` where it holds a secret, or would send the key in the clear."""
-    url = config.base_url or DEFAULT_BASE_URL
-    parts = urlsplit(url)
-    if parts.username or parts.password or parts.query:
-        raise UserError("teacher.base_url must hold no user, password or query: the key comes from teacher.api_key_env")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"teacher.base_url={url}: not a URL; write it like https://host/v1")
-    if parts.scheme == "http" and not _is_loopback(parts.hostname) and not config.allow_http:
+def check_config(config: TeacherConfig) -> None:
+    """Raise `UserError` for numbers that make no sense."""
+    if config.concurrency < 1 or config.timeout_seconds <= 0 or config.max_tokens < 1:
         raise UserError(
-            f"teacher.base_url={url}: key and documents would cross the network in the clear. Use https, or allow it "
-            "with teacher.allow_http=true"
+            "teacher.concurrency and teacher.max_tokens must be at least 1, and teacher.timeout_seconds more than 0"
         )
-    return url.rstrip("/")
-
-
-def read_key(variable: str) -> str:
-    """The key in an environment variable; an empty name stands for a server that asks for none."""
-    if not variable:
-        return NO_KEY
-    if not variable.isidentifier():
-        raise UserError("teacher.api_key_env must be the NAME of an environment variable, e.g. OPENAI_API_KEY")
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise UserError(
-            f"teacher.api_key_env={variable}: the environment variable {variable} is not set. Export it with your key, "
-            "or name another; teacher.api_key_env='' is for a server that asks for none."
-        )
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise UserError(f"teacher.api_key_env={variable}: the value of {variable} holds characters that no key has")
-    return key
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _seconds(header: str | None) -> float | None:
-    try:
-        return max(0.0, float(header)) if header else None
-    except ValueError:
-        return None
+    for key in ("requests_per_minute", "tokens_per_minute", "max_cost"):
+        value = getattr(config, key)
+        if value is not None and not value > 0:
+            raise UserError(f"teacher.{key}={value}: must be more than 0, or null for no limit")

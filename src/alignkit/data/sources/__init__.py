@@ -7,16 +7,28 @@ rows that are well formed but of no use, each with its reason: a stage hands tho
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 from alignkit.core.config import RowsConfig
 from alignkit.core.errors import UserError
-from alignkit.core.records import ChatExample, CompletionSet, Dropped, Message, PreferencePair, QAExample
+from alignkit.core.records import ChatExample, CompletionSet, Dropped, Message, PreferencePair, QAExample, Row
 from alignkit.data.chat import qa_prompt
-from alignkit.data.jsonl import AnyRow, note_id, read_rows
-from alignkit.data.sources import conversations, hotpotqa, preferences, questions
+from alignkit.data.jsonl import AnyRow, Placed, note_id, read_rows
+from alignkit.data.sources import (
+    categories,
+    conversations,
+    documents,
+    hotpotqa,
+    preferences,
+    qa_expert,
+    questions,
+    raft,
+    short_answer_formats,
+)
 from alignkit.data.sources.raw import Format, RawRow, detect, row_id
+from alignkit.data.sources.short_answers import ShortAnswer
 
 
 def read_examples(rows: RowsConfig, *, hotpotqa_paragraphs: str = "gold") -> tuple[list[ChatExample], list[Dropped]]:
@@ -25,8 +37,9 @@ def read_examples(rows: RowsConfig, *, hotpotqa_paragraphs: str = "gold") -> tup
     Reads chat examples, conversations, and every format of `read_questions` whose rows have answers.
     """
     formats = (
-        Format("chat example", ("prompt", "completion"), conversations.read_prompt_and_completion),
+        Format("chat example", ("prompt", "completion"), raft.read_prompt_and_completion),
         Format("conversation", ("messages",), conversations.read_messages),
+        Format("RAFT row", raft.ROW_FIELDS, raft.read_row),
         *(_with_answer(each) for each in _question_formats(hotpotqa_paragraphs, answered=True)),
     )
     return _read(rows, formats)
@@ -54,16 +67,35 @@ def read_completions(rows: RowsConfig) -> tuple[list[CompletionSet], list[Droppe
     return _read(rows, (Format("completion set", ("prompt", "completions"), _read_completion_set),))
 
 
-def _read(rows: RowsConfig, formats: tuple[Format[AnyRow], ...]) -> tuple[list[AnyRow], list[Dropped]]:
+def read_short_answers(
+    rows: RowsConfig, *, hotpotqa_paragraphs: str = "gold"
+) -> tuple[list[ShortAnswer], list[Dropped]]:
+    """Questions with short answers: SQuAD, BoolQ, DROP, MuSiQue, HotpotQA, ours, and QA examples."""
+    return _read(rows, short_answer_formats.formats(hotpotqa_paragraphs), short_answer_formats.flat_rows)
+
+
+def read_comparables(rows: RowsConfig) -> tuple[list[Row], list[Dropped]]:
+    """What the recipe `multihop` starts from: categories of things to compare, or QA-Expert's records."""
+    formats: tuple[Format[Row], ...] = (
+        Format("category", ("category",), categories.read_category),
+        Format("QA-Expert", qa_expert.FIELDS, qa_expert.read_record),
+    )
+    return _read(rows, formats)
+
+
+def _read(
+    rows: RowsConfig,
+    formats: tuple[Format[AnyRow], ...],
+    read: Callable[[str, int, int | None], Iterator[Placed]] = read_rows,
+) -> tuple[list[AnyRow], list[Dropped]]:
     """Read all rows in the format of the first. Raises `UserError` when no usable row is left."""
     records: list[AnyRow] = []
     dropped: list[Dropped] = []
     seen: dict[str, str] = {}
     format: Format[AnyRow] | None = None
     stem = Path(rows.path.partition(":")[0]).stem
-    for number, (place, fields) in enumerate(read_rows(rows.path, rows.skip, rows.limit), rows.skip + 1):
+    for number, (place, fields) in enumerate(read(rows.path, rows.skip, rows.limit), rows.skip + 1):
         raw = RawRow(place, row_id(place, fields, f"{stem}-{number}"), fields)
-        note_id(seen, raw.id, place)
         format = format or detect(raw, formats)
         if not format.matches(fields):
             missing = [field for field in format.fields if field not in fields]
@@ -75,6 +107,7 @@ def _read(rows: RowsConfig, formats: tuple[Format[AnyRow], ...]) -> tuple[list[A
         if isinstance(row, Dropped):
             dropped.append(row)
         else:
+            note_id(seen, row.id, place)
             records.append(row)
     if not records:
         reasons = "; ".join(sorted({each.reason for each in dropped}))
@@ -87,8 +120,12 @@ def _question_formats(hotpotqa_paragraphs: str, *, answered: bool = False) -> tu
         raise ValueError(f"hotpotqa_paragraphs must be 'gold' or 'all', not {hotpotqa_paragraphs!r}")
     needed = ("instruction", "output") if answered else ("instruction",)
     return (
+        Format("RAFT row", raft.ROW_FIELDS, raft.read_question),
+        Format("RAFT evaluation", raft.EVALUATION_FIELDS, raft.read_evaluation),
         Format("Self-Instruct seed task", ("instruction", "instances"), questions.read_seed_task),
         Format("QA example or Alpaca row", needed, questions.read_question),
+        Format("QA-Expert", qa_expert.FIELDS, qa_expert.read_question),
+        Format("question about a document", documents.FIELDS, documents.read_question),
         Format("HotpotQA", hotpotqa.FIELDS, partial(hotpotqa.read_question, paragraphs=hotpotqa_paragraphs)),
     )
 

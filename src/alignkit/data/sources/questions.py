@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel
 
 from alignkit.core.records import Dropped, QAExample
@@ -16,6 +18,7 @@ class _Instance(BaseModel):
 class _SeedTask(BaseModel):
     instruction: str
     instances: list[_Instance]
+    is_classification: bool | None = None
 
 
 def read_question(raw: RawRow) -> QAExample | Dropped:
@@ -24,13 +27,22 @@ def read_question(raw: RawRow) -> QAExample | Dropped:
 
 
 def read_seed_task(raw: RawRow) -> QAExample | Dropped:
-    """A Self-Instruct seed task (Wang et al., 2022, arXiv 2212.10560), with its first instance."""
+    """A Self-Instruct seed task (Wang et al., 2022, arXiv 2212.10560), with its first instance.
+
+    What is a classification there is judgmental here.
+    """
     task = raw.record(_SeedTask)
     if not task.instances:
         return raw.drop("no instance")
     first = task.instances[0]
+    kinds: dict[bool | None, Literal["judgmental", "non_judgmental"]] = {True: "judgmental", False: "non_judgmental"}
     example = QAExample(
-        id=raw.id, instruction=task.instruction, input=first.input, output=first.output, source="self-instruct"
+        id=raw.id,
+        instruction=task.instruction,
+        input=first.input,
+        output=first.output,
+        kind=kinds.get(task.is_classification),
+        source="self-instruct",
     )
     return _usable(raw, example)
 

@@ -1,0 +1,1 @@
+"""Finding the texts that a question is about."""
