@@ -1,4 +1,4 @@
-"""The expand stage: new rows from seeds, what it drops and why, and that no answer is asked for twice."""
+"""The expand stage with recipe=self_instruct: what it writes, what it drops and why, and that nothing is paid twice."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from alignkit.core.app import load_config
 from alignkit.core.config import RowsConfig, TeacherConfig, TeacherMode
 from alignkit.core.errors import UserError
 from alignkit.data.closed_world import World, answer, read_question, read_statement
-from alignkit.expand import HOPELESS_REQUESTS, ExpandConfig
-from alignkit.scoring.novelty import NoveltyIndex
-from alignkit.teacher.client import Answer, OnAnswer, Request
-from alignkit.teacher.recipes.expand import NewExample, Unusable, read_example
-from alignkit.teacher.recipes.reading import read_object
-from alignkit.teacher.scripted import OUTSIDE, ScriptedTeacher
+from alignkit.expand import ExpandConfig, Recipe
+from alignkit.scoring.novelty import NoveltyFilter
+from alignkit.teacher.client import Answer, OnAnswer, Request, Usage
+from alignkit.teacher.reading import read_reply
+from alignkit.teacher.recipes.self_instruct import SelfInstructConfig, Shape
+from alignkit.teacher.scripted import ScriptedTeacher
 from alignkit.teacher.server import TeacherServer
 
 
@@ -38,9 +38,8 @@ def seeds(tmp_path: Path) -> Path:
         world = World(1000 + number)
         passage = world.passage()
         question = world.ask(passage)
-        kind = "judgmental" if question.proposed else "non_judgmental"
-        row = {"id": f"seed-{number}", "instruction": passage.statement, "input": question.text}
-        rows.append({**row, "output": answer(passage.facts, question), "kind": kind})
+        row = {"id": f"seed-{number}", "instruction": passage.statement, "input": question.text, "kind": question.kind}
+        rows.append({**row, "output": answer(passage.facts, question)})
     return write_rows(tmp_path / "seeds.jsonl", rows)
 
 
@@ -53,26 +52,28 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def configure(seeds: Path, folder: Path, **changes: Any) -> ExpandConfig:
+def configure(seeds: Path, folder: Path, self_instruct: dict[str, Any] | None = None, **changes: Any) -> ExpandConfig:
     settings: dict[str, Any] = {"count": 60, "name": "expand", "teacher": TeacherConfig(model="scripted"), **changes}
-    return ExpandConfig(seeds=RowsConfig(path=str(seeds)), output_dir=str(folder / "out"), **settings)
+    settings |= {"data": RowsConfig(path=str(seeds)), "output_dir": str(folder / "out")}
+    return ExpandConfig(self_instruct=SelfInstructConfig(**(self_instruct or {})), **settings)
 
 
 class Written:
-    """A teacher whose answers are written beforehand: by request number, the last one for all that follow."""
+    """A teacher whose replies are written beforehand: by request number, the last one for all that follow."""
 
-    def __init__(self, answers: Sequence[Answer]) -> None:
-        self.answers = answers
+    def __init__(self, replies: Sequence[str | Answer]) -> None:
+        self.replies = replies
         self.asked: list[Request] = []
+        self.usage = Usage()
 
     def ask(self, requests: Sequence[Request], on_answer: OnAnswer | None = None) -> list[Answer]:
-        given = []
-        for position, request in enumerate(requests):
-            given.append(self.answers[min(request.sample, len(self.answers)) - 1])
+        answers = []
+        for request in requests:
             self.asked.append(request)
-            if on_answer:
-                on_answer(position, given[-1])
-        return given
+            reply = self.replies[min(request.sample, len(self.replies)) - 1]
+            answers.append(reply if isinstance(reply, Answer) else read_reply(request, reply))
+        self.usage.count(answers)
+        return answers
 
 
 def use(monkeypatch: pytest.MonkeyPatch, teacher: Any) -> None:
@@ -81,40 +82,53 @@ def use(monkeypatch: pytest.MonkeyPatch, teacher: Any) -> None:
 
 def said(
     statement: str = "A statement of some length.", question: str = "Is it?", answer: str = "It is, so yes."
-) -> Answer:
-    return Answer(json.dumps({"statement": statement, "question": question, "answer": answer}))
+) -> str:
+    return json.dumps({"statement": statement, "question": question, "answer": answer})
 
 
 # -- the stage ---------------------------------------------------------------------------------------------------------
 
 
 def test_new_rows_are_new_complete_and_traceable(seeds: Path, tmp_path: Path) -> None:
-    artifact = expand.run(configure(seeds, tmp_path, name="more", judgmental_share=0.25))
+    artifact = expand.run(configure(seeds, tmp_path, {"judgmental_share": 0.25}, name="more"))
     rows = read_rows(tmp_path / "out" / "expanded.jsonl")
     assert [row["id"] for row in rows] == [f"more-{number:05d}" for number in range(1, 61)]
     originals = read_rows(seeds)
-    pool = NoveltyIndex(0.7)
+    pool = NoveltyFilter(0.7)
     for seed in originals:
-        pool.add(f"{seed['instruction']}\n{seed['input']}", seed["id"])
+        pool.add(f"{seed['instruction']}\n{seed['input']}")
     for row in rows:
         question = read_question(row["input"])
         assert read_statement(row["instruction"]) and question and question.kind == row["kind"]
         assert row["output"] and row["source"] == "teacher:scripted"
         assert 6 <= len(row["parents"]) <= 8 and set(row["parents"]) <= {seed["id"] for seed in originals}
-        assert pool.most_similar(f"{row['instruction']}\n{row['input']}") is None
-        pool.add(f"{row['instruction']}\n{row['input']}", row["id"])
+        assert pool.max_similarity(f"{row['instruction']}\n{row['input']}") <= 0.7
+        pool.add(f"{row['instruction']}\n{row['input']}")
     assert len(rows[0]["parents"]) == 8 and len(rows[-1]["parents"]) == 6  # machine-made rows take the place of two
     assert 4 <= Counter(row["kind"] for row in rows)["judgmental"] <= 26  # 15 expected
     metrics = artifact.metrics
-    assert metrics["accepted"] == 60 and metrics["missing"] == 0
+    assert metrics["accepted"] == 60 and "missing" not in metrics
     assert metrics["requested"] == 60 + sum(artifact.dropped.values()) == metrics["usage"]["requests"]
+    assert metrics["steps"]["examples"]["asked"] == metrics["requested"]
     assert metrics["usage"]["prompt_tokens"] > 0
-    assert not artifact.work_folder.exists()
+
+
+def test_tasks_step_by_step(seeds: Path, tmp_path: Path) -> None:
+    artifact = expand.run(configure(seeds, tmp_path, {"shape": Shape.task}, count=30))
+    rows = read_rows(tmp_path / "out" / "expanded.jsonl")
+    assert len(rows) == 30 > len({row["instruction"] for row in rows})
+    assert list(artifact.metrics["steps"]) == ["instructions", "kinds", "instances"]
+    assert sum(step["asked"] for step in artifact.metrics["steps"].values()) == artifact.metrics["requested"]
+    made = {row["instruction"] for row in rows} | {
+        row["row"]["instruction"] for row in read_rows(tmp_path / "out" / "dropped.jsonl")
+    }
+    assert len(made) == 8 * artifact.metrics["steps"]["instructions"]["asked"]  # none is lost without a trace
 
 
 def test_questions_only(seeds: Path, tmp_path: Path) -> None:
     without_answers = [{**row, "output": ""} for row in read_rows(seeds)]
-    expand.run(configure(write_rows(tmp_path / "q.jsonl", without_answers), tmp_path, count=10, answers=False))
+    path = write_rows(tmp_path / "q.jsonl", without_answers)
+    expand.run(configure(path, tmp_path, {"answers": False}, count=10))
     assert all(row["output"] == "" for row in read_rows(tmp_path / "out" / "expanded.jsonl"))
 
 
@@ -126,53 +140,76 @@ def test_the_seed_decides_the_rows(seeds: Path, tmp_path: Path) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_a_second_run_is_up_to_date(seeds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = expand.run(configure(seeds, tmp_path))
-    use(monkeypatch, None)
-    second = expand.run(configure(seeds, tmp_path))
+def test_a_second_run_is_up_to_date_until_the_blacklist_changes(
+    seeds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blacklist = tmp_path / "words.txt"
+    blacklist.write_text("zebra\n")
+    settings = {"blacklist": str(blacklist)}
+    first = expand.run(configure(seeds, tmp_path, settings, count=10))
+    assert "word of the blacklist" not in first.dropped
+    with monkeypatch.context() as patch:
+        use(patch, None)
+        second = expand.run(configure(seeds, tmp_path, settings, count=10))
     assert second.up_to_date and second.metrics == first.metrics
+    blacklist.write_text("who\nwhat\n")
+    third = expand.run(configure(seeds, tmp_path, settings, count=10))
+    assert not third.up_to_date and third.dropped["word of the blacklist"] > 0
 
 
 def test_what_is_dropped_and_why(seeds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seed = read_rows(seeds)[3]
-    answers = [
+    seed = next(row for row in read_rows(seeds) if row["kind"] == "non_judgmental")
+    replies: list[str | Answer] = [
         said("The first statement is this one."),
-        Answer("I would rather not."),
-        Answer(None, "500: broken"),
+        "I would rather not.",
+        Answer(None, reason="no answer", detail="500: broken"),
         said(question="No question mark"),
         said(answer=" "),
         said(statement="Short."),
         said("The first statement is this two."),
-        said(seed["instruction"], seed["input"]),
-        said("另一段中文的陈述，说的是别的事情。", "这是真的吗？", "是的。"),
+        said("Another statement of some length.", answer="It cannot be seen."),
+        said("另一段中文的陈述，说的是别的事情。", "这是真的吗？", "文中这样说，所以是。"),
     ]
-    use(monkeypatch, Written(answers))
-    artifact = expand.run(configure(seeds, tmp_path, count=5, max_requests=9))
+    use(monkeypatch, Written(replies))
+    settings = {"max_requests": 9, "judgmental_share": 1.0}
+    artifact = expand.run(configure(seeds, tmp_path, settings, count=5, max_failure_rate=0.6))
     assert dict(artifact.dropped) == {
         "no JSON object in the answer": 1,
         "no answer": 1,
         "question without question mark": 1,
         "answer missing": 1,
         "statement too short or too long": 1,
-        "too similar": 2,
+        "too similar": 1,
+        "judgmental question without a verdict in its answer": 1,
     }
     details = {row["row"]["id"]: row["detail"] for row in read_rows(tmp_path / "out" / "dropped.jsonl")}
     assert "500" in details["expand-request-3"]
     assert details["expand-request-7"] == "ROUGE-L 0.875 with expand-00001"  # 7 of 8 words
-    assert details["expand-request-8"] == f"ROUGE-L 1.000 with {seed['id']}"
     assert [row["input"] for row in read_rows(tmp_path / "out" / "expanded.jsonl")] == ["Is it?", "这是真的吗？"]
     assert artifact.metrics["missing"] == 3 and artifact.status == "complete"  # a shortfall is said, not an error
 
+    use(monkeypatch, Written([said(seed["instruction"], seed["input"], seed["output"]), said(answer="It is 3 m.")]))
+    again = configure(seeds, tmp_path / "seed", {"max_requests": 2, "judgmental_share": 0.0}, count=2)
+    assert dict(expand.run(again).dropped) == {"too similar": 1}
+    (dropped,) = read_rows(tmp_path / "seed" / "out" / "dropped.jsonl")
+    assert dropped["detail"] == f"ROUGE-L 1.000 with {seed['id']}"
 
-def test_a_teacher_that_gives_nothing_usable_is_not_asked_for_long(
+
+def test_too_many_unusable_answers_fail_the_stage_after_writing(
     seeds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    teacher = Written([Answer("I only know other things.")])
+    use(monkeypatch, Written([said(), "no", "no", "no"]))
+    with pytest.raises(UserError, match="3 of 4 requests without a usable answer"):
+        expand.run(configure(seeds, tmp_path, {"max_requests": 4, "judgmental_share": 1.0}, count=4))
+    assert len(read_rows(tmp_path / "out" / "expanded.jsonl")) == 1
+
+
+def test_a_teacher_that_gives_nothing_usable(seeds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = Written(["I only know other things."])
     use(monkeypatch, teacher)
-    with pytest.raises(UserError, match=r"no usable example in \d+ answers: no JSON object"):
+    with pytest.raises(UserError, match=r"no usable row in \d+ answers: no JSON object"):
         expand.run(configure(seeds, tmp_path, count=1000))
-    assert HOPELESS_REQUESTS <= len(teacher.asked) < HOPELESS_REQUESTS + 32
-    assert len(read_rows(tmp_path / "out" / "dropped.jsonl")) == len(teacher.asked)
+    assert len(read_rows(tmp_path / "out" / "dropped.jsonl")) == len(teacher.asked) < 100
 
 
 def test_seeds_that_cannot_be_shown_are_dropped(seeds: Path, tmp_path: Path) -> None:
@@ -180,63 +217,61 @@ def test_seeds_that_cannot_be_shown_are_dropped(seeds: Path, tmp_path: Path) -> 
     rows.append({"id": "b", "instruction": "s", "input": "q?", "output": ""})
     artifact = expand.run(configure(write_rows(tmp_path / "more.jsonl", rows), tmp_path, count=5))
     assert artifact.dropped["seed without statement or question"] == artifact.dropped["seed without answer"] == 1
-    with pytest.raises(UserError, match="no row has"):
+    with pytest.raises(UserError, match="no row has a statement"):
         expand.run(configure(write_rows(tmp_path / "none.jsonl", rows[-2:]), tmp_path / "none"))
 
 
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    ("changes", "key"),
+    ("settings", "key"),
     [
-        ({"count": 0}, "count"),
         ({"round_size": 0}, "round_size"),
         ({"judgmental_share": 1.5}, "judgmental_share"),
         ({"novelty_threshold": 0.0}, "novelty_threshold"),
         ({"max_requests": 0}, "max_requests"),
         ({"machine_per_prompt": -1}, "machine_per_prompt"),
+        ({"shape": Shape.task, "answers": False}, "answers"),
     ],
 )
+def test_settings_that_make_no_sense(seeds: Path, tmp_path: Path, settings: dict[str, Any], key: str) -> None:
+    with pytest.raises(UserError, match=f"self_instruct.{key}"):
+        expand.run(configure(seeds, tmp_path, settings))
+
+
+@pytest.mark.parametrize(("changes", "key"), [({"count": 0}, "count"), ({"max_failure_rate": 2.0}, "max_failure_rate")])
 def test_numbers_that_make_no_sense(seeds: Path, tmp_path: Path, changes: dict[str, Any], key: str) -> None:
     with pytest.raises(UserError, match=key):
         expand.run(configure(seeds, tmp_path, **changes))
 
 
+def test_a_count_is_needed(seeds: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="count has no value"):
+        expand.run(configure(seeds, tmp_path, count=None))
+
+
+def test_bad_input_exits_with_2_and_one_message(tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_text('{"id": "1", "instruction": "s", "input": "q?"\n')
+    command = [sys.executable, "-m", "alignkit.expand", "run=r", "count=1", "data.path=broken.jsonl"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "broken.jsonl:1" in done.stderr + done.stdout and "Traceback" not in done.stderr + done.stdout
+    command[-1] = "self_instruct.shape=tasks"
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr + done.stdout
+
+
 def test_the_shipped_configuration_composes() -> None:
     config = load_config("expand", ["run=x"])
-    assert isinstance(config, ExpandConfig)
-    assert config.novelty_threshold == 0.7 and config.teacher.mode is TeacherMode.scripted
-    assert Path(config.seeds.path).name == "seeds.jsonl"
+    assert isinstance(config, ExpandConfig) and config.recipe is Recipe.self_instruct
+    assert config.self_instruct.novelty_threshold == 0.7 and config.self_instruct.shape is Shape.qa
+    assert config.teacher.mode is TeacherMode.scripted
+    assert Path(config.data.path).parts[-2:] == ("closed_world", "seeds.jsonl")
+    assert config.self_instruct.blacklist and Path(config.self_instruct.blacklist).is_file()
 
 
 # -- interruptions -----------------------------------------------------------------------------------------------------
-
-
-def test_an_interrupted_run_resumes_to_the_same_rows(
-    seeds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Interrupted(ScriptedTeacher):
-        left, replied = 25, 0
-
-        def reply(self, *arguments: Any, **options: Any) -> str:
-            self.replied += 1
-            if self.replied > self.left:
-                raise KeyboardInterrupt
-            return super().reply(*arguments, **options)
-
-    whole = expand.run(configure(seeds, tmp_path / "whole"))
-    first, second = Interrupted(), Interrupted()
-    second.left = 10_000
-    use(monkeypatch, first)
-    with pytest.raises(KeyboardInterrupt):
-        expand.run(configure(seeds, tmp_path))
-    assert not (tmp_path / "out" / "expanded.jsonl").exists()
-    use(monkeypatch, second)
-    resumed = expand.run(configure(seeds, tmp_path))
-    assert second.replied == whole.metrics["requested"] - 25
-    assert resumed.metrics == whole.metrics
-    for name in ("expanded.jsonl", "dropped.jsonl"):
-        paths = [folder / "out" / name for folder in (tmp_path, tmp_path / "whole")]
-        assert [path.exists() for path in paths] in ([True, True], [False, False])
-        assert len({path.read_bytes() for path in paths if path.exists()}) <= 1
 
 
 @contextmanager
@@ -254,66 +289,33 @@ def serving(delay: Callable[[], None]) -> Iterator[TeacherServer]:
         thread.join()
 
 
-def test_killed_over_http_nothing_is_paid_twice(seeds: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", list(Shape))
+def test_killed_over_http_nothing_is_paid_twice(shape: Shape, seeds: Path, tmp_path: Path) -> None:
     canary, concurrency = "canary-b07d1-never-written-down", 4
     environment = {**os.environ, "TEST_TEACHER_KEY": canary}
     with serving(lambda: time.sleep(0.02)) as server:
         command = [
-            *(
-                sys.executable,
-                "-m",
-                "alignkit.expand",
-                f"seeds.path={seeds}",
-                "count=80",
-                "run=r",
-                "teacher.mode=openai",
-            ),
-            *(f"teacher.base_url={server.base_url}", "teacher.api_key_env=TEST_TEACHER_KEY"),
-            f"teacher.concurrency={concurrency}",
+            *(sys.executable, "-m", "alignkit.expand", f"data.path={seeds}", "count=60", "run=r"),
+            *("teacher.mode=openai", f"teacher.base_url={server.base_url}", "teacher.api_key_env=TEST_TEACHER_KEY"),
+            *(f"teacher.concurrency={concurrency}", f"self_instruct.shape={shape.name}"),
         ]
         with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as process:
-            while server.requests < 30:
+            while server.requests < 30 and process.poll() is None:
                 time.sleep(0.01)
             process.send_signal(signal.SIGKILL)
+        outputs = tmp_path / "runs" / "r" / "expand"
+        assert not (outputs / "expanded.jsonl").exists()
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-        manifest = json.loads((tmp_path / "runs" / "r" / "expand" / "manifest.json").read_text())
-        assert manifest["metrics"]["requested"] <= server.requests <= manifest["metrics"]["requested"] + concurrency
-        rows = (tmp_path / "runs" / "r" / "expand" / "expanded.jsonl").read_bytes()
+        requested = json.loads((outputs / "manifest.json").read_text())["metrics"]["requested"]
+        assert requested <= server.requests <= requested + concurrency
+        rows = (outputs / "expanded.jsonl").read_bytes()
 
         before = server.requests
         subprocess.run([*command, "force=true"], cwd=tmp_path, env=environment, capture_output=True, check=True)
         assert server.requests == before  # everything came from the response store
-    assert (tmp_path / "runs" / "r" / "expand" / "expanded.jsonl").read_bytes() == rows
+    assert (outputs / "expanded.jsonl").read_bytes() == rows
     assert f"127.0.0.1:{server.server_port}" in done.stdout
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.name == "teacher.sqlite" for path in files)
     assert all(canary.encode() not in path.read_bytes() for path in files)
     assert canary not in done.stdout + done.stderr
-
-
-# -- reading answers ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ('{"a": 1}', {"a": 1}),
-        ('Sure! Here it is:\n```json\n{"a": {"b": "}"}}\n```\nAnything else?', {"a": {"b": "}"}}),
-        ('{"a": "half', "the JSON of the answer is broken"),
-        ("[1, 2]", "no JSON object in the answer"),
-        ("", "no JSON object in the answer"),
-        (OUTSIDE, "the scripted teacher knows only the closed world"),
-        ('{"a": ' * 100_000, "the JSON of the answer is broken"),
-    ],
-)
-def test_reading_an_object(text: str, expected: object) -> None:
-    assert read_object(text) == expected
-
-
-def test_reading_an_example() -> None:
-    text = said(" Statement with spaces around. ", " Q？ ", " A. ").text
-    assert read_example(str(text), answers=True) == NewExample("Statement with spaces around.", "Q？", "A.")
-    assert read_example(str(text), answers=False) == NewExample("Statement with spaces around.", "Q？", "")
-    found = read_example('{"statement": 3, "question": "Q?", "answer": "A."}', answers=True)
-    assert found == Unusable("statement missing", '{"statement": 3, "question": "Q?", "answer": "A."}')
-    assert isinstance(read_example(str(said(question="Q" * 600 + "?").text), answers=True), Unusable)

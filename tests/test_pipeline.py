@@ -106,7 +106,7 @@ def test_finished_steps_are_skipped_and_a_changed_one_is_done_again(tmp_path: Pa
 
 def test_a_failed_step_says_why_and_where(tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text('{"id": "a", "instruc\n', encoding="utf-8")
-    done = pipeline(tmp_path, *FAST, "steps.expand.overrides=['seeds.path=broken.jsonl']")
+    done = pipeline(tmp_path, *FAST, "steps.expand.overrides=['data.path=broken.jsonl']")
     assert done.returncode == 2
     assert re.search(r"demo/expand failed .*broken\.jsonl:1", done.stderr), done.stderr
     assert "Traceback" not in done.stderr

@@ -59,6 +59,6 @@ def test_the_command_that_needs_a_teacher_and_a_gpu_is_planned() -> None:
     words = shlex.split(blocks[0].replace("\\\n", " ").replace("<model>", "some-model"))
     overrides = words[words.index("alignkit.pipeline") + 1 :]
     steps = {step.name: step.config for step in plan(load_config("pipeline", overrides))}
-    assert steps["expand"].seeds.path == "my_seeds.jsonl"  # type: ignore[attr-defined]
+    assert steps["expand"].data.path == "my_seeds.jsonl"  # type: ignore[attr-defined]
     assert steps["judge"].teacher.model == "some-model"  # type: ignore[attr-defined]
     assert steps["dpo"].model.name == "qwen2_5_7b"  # type: ignore[attr-defined]

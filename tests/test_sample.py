@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ import pytest
 
 from alignkit import sample
 from alignkit.core.app import load_config
-from alignkit.core.config import ModelConfig, RowsConfig, SamplingConfig
+from alignkit.core.config import ModelConfig, RowsConfig, SamplingConfig, TeacherConfig
 from alignkit.core.errors import UserError
 from alignkit.core.manifest import read_manifest
-from alignkit.core.records import CompletionSet
+from alignkit.core.records import CompletionSet, Message
 from alignkit.data.closed_world import World, answer
 from alignkit.generation import hf
-from alignkit.sample import SampleConfig
+from alignkit.generation.openai import OpenAIGenerator
+from alignkit.sample import GeneratorKind, SampleConfig
+from alignkit.teacher.client import Answer, OnAnswer, Request, Usage
+from alignkit.teacher.scripted import ScriptedTeacher
 
 TINY = ModelConfig(name="tiny", path="embedded", dtype="float32", max_length=256)
 SAMPLING = SamplingConfig(n=3, temperature=[0.7, 1.0], top_p=[0.8, 1.0], max_new_tokens=16, batch_size=6)
@@ -139,3 +143,92 @@ def test_a_missing_adapter_is_one_clear_message(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"adapter=.*nowhere: no such file or folder"):
         sample.run(configure(questions(1), tmp_path, adapter=str(tmp_path / "nowhere")))
     assert read_manifest(tmp_path / "out") is None
+
+
+# -- from a teacher ----------------------------------------------------------------------------------------------------
+
+
+class Numbering:
+    """A teacher that answers with the number of the request, and not at all where that number is in `silent`."""
+
+    def __init__(self, silent: Sequence[int] = ()) -> None:
+        self.silent = silent
+        self.usage = Usage()
+        self.asked: list[Request] = []
+
+    def ask(self, requests: Sequence[Request], on_answer: OnAnswer | None = None) -> list[Answer]:
+        self.asked += requests
+        failed = Answer(None, reason="no answer", detail="six attempts")
+        answers = [failed if n in self.silent else Answer(str(n), str(n)) for n in range(len(requests))]
+        self.usage.count(answers)
+        return answers
+
+
+PROMPTS = [[Message(role="user", content=text)] for text in ("one", "two", "three")]
+
+
+def test_a_teacher_is_asked_for_every_completion_at_its_own_temperature() -> None:
+    teacher = Numbering(silent=[4])
+    generator = OpenAIGenerator(teacher, "model-x")
+    written = generator.generate(PROMPTS, SAMPLING, seed=1)
+    assert [[each.text for each in row] for row in written] == [["0", "1", "2"], ["3", "5"], ["6", "7", "8"]]
+    assert [(position, answer.reason) for position, answer in generator.failures] == [(1, "no answer")]
+    temperatures = [request.temperature for request in teacher.asked]
+    assert [each.sampling for each in written[0]] == [{"temperature": value} for value in temperatures[:3]]
+    assert all(value is not None and 0.7 <= value <= 1.0 for value in temperatures) and len(set(temperatures)) > 3
+    assert {request.max_tokens for request in teacher.asked} == {16}
+    assert {each.model for row in written for each in row} == {"model-x"}
+
+    again, other = Numbering(), Numbering()
+    OpenAIGenerator(again, "model-x").generate(PROMPTS, SAMPLING, seed=1)
+    OpenAIGenerator(other, "model-x").generate(PROMPTS, SAMPLING, seed=2)
+    assert again.asked == teacher.asked  # so that the response store has them
+    assert {request.sample for request in other.asked}.isdisjoint(request.sample for request in teacher.asked)
+
+
+def from_teacher(rows: list[dict[str, Any]], folder: Path, **changes: Any) -> SampleConfig:
+    teacher = TeacherConfig(model="scripted")
+    return configure(rows, folder, generator=GeneratorKind.openai, teacher=teacher, adapter="nowhere/at/all", **changes)
+
+
+def test_the_teacher_samples_without_a_policy(tmp_path: Path) -> None:
+    rows = questions(30)
+    artifact = sample.run(from_teacher(rows, tmp_path, include_reference=True))
+    written = completions(tmp_path)
+    assert [row.id for row in written] == [row["id"] for row in rows]
+    texts = [completion.text for row in written for completion in row.completions if completion.model == "scripted"]
+    right = [
+        completion.text == row.reference
+        for row in written
+        for completion in row.completions
+        if row.reference and completion.model == "scripted"
+    ]
+    assert len(texts) == 90 and 0.6 < sum(right) / len(right) < 1  # it makes mistakes
+    assert (artifact.metrics["requested"], artifact.metrics["failed"], artifact.metrics["completions"]) == (90, 0, 90)
+    assert artifact.metrics["teacher"] == "scripted" and artifact.metrics["usage"]["requests"] == 90
+    assert [entry["key"] for entry in artifact.inputs] == ["data.path"]
+    assert artifact.checks[-1].name == "answers usable" and artifact.checks[-1].passed
+
+
+def test_answers_that_cannot_be_used_are_dropped_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = Numbering(silent=[0, 3, 4, 5])
+    monkeypatch.setattr("alignkit.teacher.client.open_teacher", lambda config: teacher)
+    with pytest.raises(UserError, match="4 of 9 requests without a usable answer"):
+        sample.run(from_teacher(questions(3), tmp_path))
+    assert [(row.id, len(row.completions)) for row in completions(tmp_path)] == [("q-0", 2), ("q-2", 3)]
+    dropped = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
+    assert [(entry["row"]["id"], entry["reason"]) for entry in dropped] == [("q-0", "no answer")] + [
+        ("q-1", "no answer")
+    ] * 3
+    sample.run(from_teacher(questions(3), tmp_path, max_failure_rate=0.5))
+
+
+def test_a_teacher_without_a_single_answer_is_one_clear_message(tmp_path: Path) -> None:
+    rows = [{"id": "q", "instruction": "Water boils at 100 degrees.", "input": "When does it boil?"}]
+    with pytest.raises(UserError, match="no usable answer at all, mostly: the scripted teacher knows only"):
+        sample.run(from_teacher(rows, tmp_path))
+
+
+def test_the_scripted_teacher_is_a_generator() -> None:
+    written = OpenAIGenerator(ScriptedTeacher(), "scripted").generate(PROMPTS, SAMPLING, seed=1)
+    assert written == [[], [], []]  # prompts outside its world

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -179,7 +180,7 @@ class FakeJudge:
 
     def __init__(self, teacher: object) -> None:
         self.reasons: list[str | None] = []
-        self.usage = Usage()
+        self.teacher = SimpleNamespace(usage=Usage())
 
     def score(self, conversations: Sequence[list[Message]]) -> list[float | None]:
         texts = [conversation[-1].content for conversation in conversations]

@@ -19,6 +19,7 @@ Examples:
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ from typing import Any, ClassVar
 from alignkit.core.artifact import Artifact, read_manifest
 from alignkit.core.config import MISSING, StageConfig
 from alignkit.core.errors import UserError
+
+LOG = logging.getLogger("alignkit")
 
 
 @dataclass
@@ -65,13 +68,16 @@ def run(config: CompareConfig) -> Artifact:
             return artifact
         jobs = read_jobs(Path(config.folder))
         names = metric_names(jobs, config.metrics)
-        table = artifact.write_text("comparison.md", markdown_table(jobs, names))
+        table = markdown_table(jobs, names)
+        path = artifact.write_text("comparison.md", table)
+        LOG.info("%s", table.rstrip())
+        artifact.summary = f"{len(jobs)} jobs compared in {path}"
         if names:
-            with artifact.output("comparison.svg") as path:
-                draw(jobs, [name for name in names if differs(jobs, name)] or names, path)
+            with artifact.output("comparison.svg") as figure:
+                draw(jobs, [name for name in names if differs(jobs, name)] or names, figure)
+            artifact.summary += " and comparison.svg"
         failed = sum(job.status != "complete" for job in jobs)
         artifact.metrics = {"jobs": len(jobs), "not_complete": failed}
-        artifact.summary = f"{len(jobs)} jobs compared in {table}"
     return artifact
 
 

@@ -1,259 +1,244 @@
-"""expand: let the teacher turn a few seed examples into many new ones.
+"""expand: let the teacher write data, by one of five recipes.
 
-Self-Instruct (Wang et al., 2022, arXiv 2212.10560) for questions about statements: each request shows six seeds and two
-examples made earlier (eight seeds while there are none), and asks for one new statement, question and answer of a drawn
-kind, judgmental or not. What cannot be read is dropped, and so is what resembles a seed or an accepted example too much
-(ROUGE-L). A killed run goes on where it was.
+  recipe=self_instruct      new questions about new statements, or new tasks, from a few seeds
+  recipe=documents          questions and answers over your own documents, with retrieved distractors
+  recipe=multihop           questions that compare two things, answered step by step
+  recipe=raft               questions, distractors and answers that quote: for a model that will read what is retrieved
+  recipe=complete_answers   short answers (SQuAD, BoolQ, DROP, MuSiQue, HotpotQA) become full ones
 
-Reads:   seeds.path                question-answer rows to start from
-Writes:  expanded.jsonl            the new rows; `parents` are the seeds that were shown
-         dropped.jsonl             every answer of the teacher that was not used, and why
+What cannot be read or used is dropped with its reason. Every answer of the teacher is kept in the response store: a
+killed run goes on where it was, and nothing is paid for twice.
+
+Reads:   data.path                 seeds, documents, categories or short answers, as the recipe needs
+         metadata.path             recipe=documents: a table about the documents (optional)
+Writes:  expanded.jsonl            the new rows; `parents` are the ids of what they were made from
+         dropped.jsonl             everything that was not used, and why
+         DATASHEET.md              what the rows are and how they came to be
 
 Overrides people use:
-  seeds.path=mine.jsonl            your own seeds
+  data.path=mine.jsonl             your own seeds, documents, ...
   count=1000                       how many new rows
-  answers=false                    statements and questions only
-  judgmental_share=0.3             how many questions are to be answered by yes or no
+  dry_run=true                     what would be asked, and what it would cost
   teacher=openai teacher.model=... a real teacher instead of the scripted one
+  push_to_hub=<owner>/<name>       put the rows and their datasheet on the Hub (private)
 
 Examples:
   python -m alignkit.expand run=demo
-  python -m alignkit.expand run=mine seeds.path=mine.jsonl count=1000 teacher=openai teacher.model=<model>
+  python -m alignkit.expand run=mine data.path=mine.jsonl count=1000 teacher=openai teacher.model=<model>
+  python -m alignkit.expand run=mine recipe=raft data.path=manuals/ teacher=vllm teacher.model=<model> dry_run=true
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from random import Random
-from typing import TYPE_CHECKING, ClassVar, Literal, Optional
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
-from alignkit.core.config import RowsConfig, StageConfig, TeacherConfig
+from alignkit.core.config import RowsConfig, StageConfig, TeacherStageConfig
 from alignkit.core.errors import UserError
-from alignkit.core.journal import Journal
-from alignkit.core.records import QAExample
+from alignkit.core.records import Dropped, Row
+from alignkit.data.metadata import MetadataConfig
+from alignkit.teacher.recipes.complete_answers import CompleteAnswersConfig
+from alignkit.teacher.recipes.documents import DocumentsConfig
+from alignkit.teacher.recipes.multihop import MultihopConfig
+from alignkit.teacher.recipes.raft import RaftConfig
+from alignkit.teacher.recipes.self_instruct import SelfInstructConfig
 
 if TYPE_CHECKING:
-    from alignkit.teacher.client import Answer, Request, Teacher, Usage
+    from alignkit.teacher.recipes.asking import Asker
 
 # All configurations write Optional[...]; omegaconf takes `... | None` just as well.
 # ruff: noqa: UP045
 
 LOG = logging.getLogger("alignkit")
 
-HOPELESS_REQUESTS = 50
-"""A teacher that has given nothing usable in as many answers is not asked further."""
+
+class Recipe(Enum):
+    """What to write."""
+
+    self_instruct = "self_instruct"
+    documents = "documents"
+    multihop = "multihop"
+    raft = "raft"
+    complete_answers = "complete_answers"
 
 
 @dataclass
-class ExpandConfig(StageConfig):
+class ExpandConfig(TeacherStageConfig):
     """Configuration of `expand`."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("seeds.path",)
+    inputs: ClassVar[tuple[str, ...]] = ("data.path", "self_instruct.blacklist", "metadata.path")
+    incidental: ClassVar[tuple[str, ...]] = (*StageConfig.incidental, "push_to_hub", "hub_private")
 
-    seeds: RowsConfig = field(default_factory=RowsConfig)
-    count: int = 200
-    """New rows wanted."""
-    answers: bool = True
-    """Whether the new rows are to have answers, or only statements and questions."""
-    judgmental_share: float = 0.5
-    """Share of the questions that are to be answered by yes or no."""
-    novelty_threshold: float = 0.7
-    """Highest ROUGE-L F that a new statement and question may have with a seed or an accepted row."""
-    seeds_per_prompt: int = 6
-    """Seeds shown in each request."""
-    machine_per_prompt: int = 2
-    """Accepted rows shown beside the seeds; more seeds take their place while there are none."""
-    max_requests: Optional[int] = None
-    """Ask at most this often; none: three times `count`."""
-    round_size: int = 32
-    """Requests made up from the same accepted rows, and sent together."""
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A request by its number, the kind of question it asks for, and the seeds that it shows."""
-
-    number: int
-    kind: Literal["judgmental", "non_judgmental"]
-    parents: list[str]
-    request: Request
+    recipe: Recipe = Recipe.self_instruct
+    """What to write."""
+    data: RowsConfig = field(default_factory=RowsConfig)
+    count: Optional[int] = None
+    """New rows wanted; none: as many as the data gives (self_instruct and multihop need a number)."""
+    metadata: MetadataConfig = field(default_factory=MetadataConfig)
+    push_to_hub: Optional[str] = None
+    """Upload to this dataset repository, <owner>/<name>; the token is read from HF_TOKEN."""
+    hub_private: bool = True
+    """Whether that repository is to be private."""
+    self_instruct: SelfInstructConfig = field(default_factory=SelfInstructConfig)
+    documents: DocumentsConfig = field(default_factory=DocumentsConfig)
+    multihop: MultihopConfig = field(default_factory=MultihopConfig)
+    raft: RaftConfig = field(default_factory=RaftConfig)
+    complete_answers: CompleteAnswersConfig = field(default_factory=CompleteAnswersConfig)
 
 
 def run(config: ExpandConfig) -> Artifact:
-    """Ask for examples, round by round, until there are enough new ones."""
+    """Follow the recipe, write down what came of it, and stop when the teacher was of too little use."""
     from alignkit.core.progress import progress
-    from alignkit.teacher.client import Usage, open_teacher
+    from alignkit.teacher.client import open_teacher
+    from alignkit.teacher.recipes.asking import Asker
 
     check_config(config)
-    with Artifact.open("expand", config) as artifact:
-        if artifact.up_to_date:
-            return artifact
-        seeds = read_seeds(config, artifact)
-        teacher, usage = open_teacher(config.teacher), Usage()
-        with Journal(artifact.work_folder / "answers.jsonl", artifact.fingerprint) as journal:
-            found = new_examples(config, seeds, teacher, journal, artifact, usage)
-            examples = list(progress(found, "expand", total=config.count))
-        if not examples:
-            reasons = ", ".join(f"{reason} ({times} times)" for reason, times in artifact.dropped.most_common(3))
-            where = artifact.folder / "dropped.jsonl"
-            raise UserError(
-                f"expand: no usable example in {usage.requests} answers: {reasons}. {where} has them all. "
-                "For texts outside the demo's world name a real teacher: teacher=openai teacher.model=..."
-            )
-        if len(examples) < config.count:
-            told = f"{len(examples)} of {config.count} rows after {usage.requests} requests"
-            LOG.warning("expand: %s; see dropped.jsonl, and raise max_requests or add seeds", told)
-        artifact.write_rows("expanded.jsonl", examples)
-        artifact.metrics |= {
-            "requested": usage.requests,
-            "accepted": len(examples),
-            "missing": config.count - len(examples),
-        }
-        artifact.metrics["judgmental"] = sum(example.kind == "judgmental" for example in examples)
-        artifact.metrics |= {"teacher": config.teacher.model, "usage": asdict(usage)}
-        artifact.summary = f"{len(examples)} new rows from {usage.requests} requests"
+    artifact = Artifact.open("expand", config, always=config.teacher.retry_failed or config.dry_run)
+    if config.dry_run:
+        estimate(config, artifact)
+        return artifact
+    with artifact:
+        if not artifact.up_to_date:
+            ask = Asker(open_teacher(config.teacher))
+            found = progress(follow_recipe(config, ask), f"expand, {config.recipe.name}", total=config.count)
+            rows = collect(found, config.count, artifact)
+            if not rows:
+                raise UserError(nothing_usable(artifact, ask))
+            write(artifact, config, ask, rows)
+    if config.push_to_hub:
+        push(config, artifact)
     return artifact
 
 
-def new_examples(
-    config: ExpandConfig,
-    seeds: Sequence[QAExample],
-    teacher: Teacher,
-    journal: Journal,
-    artifact: Artifact,
-    usage: Usage,
-) -> Iterator[QAExample]:
-    """Yield accepted rows. The same seeds and answers give the same rows, however often the run was interrupted."""
-    from alignkit.scoring.novelty import NoveltyIndex
-
-    pool = NoveltyIndex(config.novelty_threshold)
-    for seed in seeds:
-        pool.add(novelty_text(seed), seed.id)
-    accepted: list[QAExample] = []
-    asked, most = 0, config.max_requests or 3 * config.count
-    while len(accepted) < config.count and asked < most and (accepted or asked < HOPELESS_REQUESTS):
-        size = min(config.round_size, config.count - len(accepted), most - asked)
-        drafts = [draw(config, seeds, accepted, number) for number in range(asked + 1, asked + size + 1)]
-        answers = ask(drafts, teacher, journal)
-        usage.count(answers)
-        for draft, answer in zip(drafts, answers, strict=True):
-            example = read_answer(draft, answer, config, artifact)
-            if example is None:
-                continue
-            if (match := pool.most_similar(novelty_text(example))) is not None:
-                artifact.drop(example, "too similar", f"ROUGE-L {match.similarity:.3f} with {match.label}")
-                continue
-            example = example.model_copy(update={"id": f"{config.name}-{len(accepted) + 1:05d}"})
-            pool.add(novelty_text(example), example.id)
-            accepted.append(example)
-            yield example
-        asked += size
-
-
-def draw(config: ExpandConfig, seeds: Sequence[QAExample], accepted: Sequence[QAExample], number: int) -> Draft:
-    """Make up request `number` from the random seed, the number and the rows accepted so far, and from nothing else."""
-    from alignkit.teacher.recipes.expand import expand_request
-
-    rng = Random(f"{config.seed}-{number}")
-    kind: Literal["judgmental", "non_judgmental"] = (
-        "judgmental" if rng.random() < config.judgmental_share else "non_judgmental"
-    )
-    machine = rng.sample(accepted, min(config.machine_per_prompt, len(accepted)))
-    wanted = config.seeds_per_prompt + config.machine_per_prompt - len(machine)
-    human = rng.sample(seeds, min(wanted, len(seeds)))
-    shown = [*human, *machine]
-    rng.shuffle(shown)
-    request = expand_request(shown, kind, answers=config.answers, sample=number)
-    return Draft(number, kind, [seed.id for seed in human], request)
-
-
-def ask(drafts: Sequence[Draft], teacher: Teacher, journal: Journal) -> list[Answer]:
-    """The teacher's answers, each journaled as it arrives; what is in the journal is not asked again.
-
-    Failures are journaled at the end only: when the teacher breaks down amid a round, they are asked again.
-    """
-    from alignkit.teacher.client import Answer
-
-    missing = [draft for draft in drafts if str(draft.number) not in journal.done]
-
-    def keep(position: int, answer: Answer) -> None:
-        if answer.text is not None:
-            journal.add(str(missing[position].number), asdict(answer))
-
-    answers = teacher.ask([draft.request for draft in missing], keep) if missing else []
-    for draft, answer in zip(missing, answers, strict=True):
-        if answer.text is None:
-            journal.add(str(draft.number), asdict(answer))
-    return [Answer(**journal.done[str(draft.number)]) for draft in drafts]
-
-
-def read_answer(draft: Draft, answer: Answer, config: ExpandConfig, artifact: Artifact) -> QAExample | None:
-    """The example in an answer, called by its request; None when there is none, which goes to dropped.jsonl."""
-    from alignkit.teacher.recipes.expand import Unusable, read_example
-
-    id = f"{config.name}-request-{draft.number}"
-    found = (
-        read_example(answer.text, answers=config.answers)
-        if answer.text is not None
-        else Unusable("no answer", str(answer.error))
-    )
-    if isinstance(found, Unusable):
-        row = {"id": id, "kind": draft.kind, "parents": draft.parents, "answer": answer.text}
-        artifact.drop(row, found.reason, found.detail)
-        return None
-    return QAExample(
-        id=id,
-        instruction=found.statement,
-        input=found.question,
-        output=found.answer,
-        kind=draft.kind,
-        source=f"teacher:{config.teacher.model}",
-        parents=draft.parents,
-    )
-
-
-def read_seeds(config: ExpandConfig, artifact: Artifact) -> list[QAExample]:
-    """The seeds that can be shown: with statement and question, and with an answer where answers are wanted."""
-    from alignkit.data.sources import read_questions
-
-    examples, unusable = read_questions(config.seeds)
-    for dropped in unusable:
-        artifact.drop(dropped.row, dropped.reason, dropped.detail)
-    seeds = []
-    for example in examples:
-        if not (example.instruction.strip() and example.input.strip()):
-            artifact.drop(example, "seed without statement or question")
-        elif config.answers and not example.output.strip():
-            artifact.drop(example, "seed without answer")
+def collect(found: Iterator[Row | Dropped], count: int | None, artifact: Artifact) -> list[Row]:
+    """The rows until there are `count`; what was dropped on the way goes to dropped.jsonl."""
+    rows: list[Row] = []
+    for each in found:
+        if isinstance(each, Dropped):
+            artifact.drop(each.row, each.reason, each.detail)
         else:
-            seeds.append(example)
-    if not seeds:
-        raise UserError(f"seeds.path={config.seeds.path}: no row has a statement, a question and an answer")
-    return seeds
+            rows.append(each)
+        if len(rows) == count:
+            break
+    return rows
+
+
+def follow_recipe(config: ExpandConfig, ask: Asker) -> Iterator[Row | Dropped]:
+    """The rows of the chosen recipe, with what could not be read before them."""
+    from alignkit.data.documents import read_documents
+    from alignkit.data.metadata import join_metadata
+    from alignkit.data.sources import read_comparables, read_questions, read_short_answers
+    from alignkit.teacher.recipes import complete_answers, documents, multihop, raft, self_instruct
+
+    found: Iterator[Row | Dropped]
+    named: Any = {"name": config.name, "seed": config.seed, "source": f"teacher:{config.teacher.model}"}
+    match config.recipe:
+        case Recipe.self_instruct:
+            from alignkit.scoring.novelty import NoveltyFilter
+            from alignkit.scoring.rules import read_verdict
+
+            seeds, unusable = read_questions(config.data)
+            pool = NoveltyFilter(config.self_instruct.novelty_threshold)
+            settings = config.self_instruct
+            assert config.count is not None
+            found = self_instruct.rows(seeds, config.count, settings, ask, pool, read_verdict=read_verdict, **named)
+        case Recipe.documents:
+            from alignkit.retrieval.bm25 import BM25Index
+
+            pages, unusable = read_documents(config.data.path)
+            pages, unmatched, _ = join_metadata(pages, config.metadata)
+            unusable += unmatched
+            found = documents.rows(pages, config.documents, ask, BM25Index, **named)
+        case Recipe.raft:
+            from alignkit.data.chunks import chunk_pages
+
+            pages, unusable = read_documents(config.data.path)
+            chunks = chunk_pages(pages, config.raft.chunk_size, config.raft.chunk_overlap)
+            found = raft.rows(chunks, config.raft, ask, **named)
+        case Recipe.multihop:
+            given, unusable = read_comparables(config.data)
+            found = multihop.rows(given, config.count, config.multihop, ask, **named)
+        case Recipe.complete_answers:
+            short, unusable = read_short_answers(config.data)
+            found = complete_answers.rows(short, config.complete_answers, ask, **named)
+    yield from unusable
+    yield from found
+
+
+def write(artifact: Artifact, config: ExpandConfig, ask: Asker, rows: list[Row]) -> None:
+    """Write the rows, the datasheet and the account, and show ten rows. Fails when too many requests were in vain."""
+    from alignkit.reporting.datasheet import write_datasheet
+    from alignkit.reporting.yields import Yields, print_ten_rows
+
+    usage = ask.teacher.usage
+    artifact.write_rows("expanded.jsonl", rows)
+    yields = Yields(ask.steps, len(rows), artifact.dropped, usage, config.teacher.prices)
+    write_datasheet(artifact, "expanded.jsonl", rows, yields, recipe=config.recipe.name, teacher=config.teacher)
+    print_ten_rows(rows)
+    LOG.info("%s", yields.text().rstrip())
+    artifact.metrics |= {"recipe": config.recipe.name, "requested": ask.asked, "accepted": len(rows)}
+    artifact.metrics["steps"] = {
+        name: {**vars(step), "refused": dict(step.refused)} for name, step in ask.steps.items()
+    }
+    artifact.metrics |= {"teacher": config.teacher.model, "usage": asdict(usage)}
+    artifact.summary = f"{len(rows)} new rows from {ask.asked} requests"
+    if config.count is not None and len(rows) < config.count:
+        artifact.metrics["missing"] = config.count - len(rows)
+        LOG.warning("expand: only %d of %d rows; see dropped.jsonl", len(rows), config.count)
+    detail = f"{ask.failed} of {ask.asked} requests without a usable answer; dropped.jsonl has the reasons"
+    artifact.check("answers usable", ask.failed <= config.max_failure_rate * ask.asked, detail)
+
+
+def estimate(config: ExpandConfig, artifact: Artifact) -> None:
+    """Say what the recipe would ask, and what that would cost."""
+    from alignkit.teacher.dry_run import DryRunTeacher
+    from alignkit.teacher.recipes.asking import Asker
+
+    teacher = DryRunTeacher(config.teacher)
+    rows = list(follow_recipe(config, Asker(teacher, announce=teacher.begin)))
+    LOG.info("%s", teacher.report())
+    known = sum(not isinstance(row, Dropped) for row in rows)
+    artifact.summary = f"dry run, nothing was sent; {known} rows could be made from stored answers"
+
+
+def nothing_usable(artifact: Artifact, ask: Asker) -> str:
+    """What to say when there is not one row."""
+    reasons = ", ".join(f"{reason} ({times} times)" for reason, times in artifact.dropped.most_common(3))
+    return (
+        f"expand: no usable row in {ask.asked} answers: {reasons}. {artifact.folder / 'dropped.jsonl'} has them "
+        "all. For texts outside the demo's world name a real teacher: teacher=openai teacher.model=..."
+    )
+
+
+def push(config: ExpandConfig, artifact: Artifact) -> None:
+    """Upload the rows and their datasheet."""
+    from alignkit.data.hub import push_to_hub
+    from alignkit.reporting.datasheet import NAME
+
+    assert config.push_to_hub
+    files = [artifact.folder / "expanded.jsonl"]
+    address = push_to_hub(config.push_to_hub, files, artifact.folder / NAME, private=config.hub_private)
+    LOG.info("expand: uploaded to %s", address)
 
 
 def check_config(config: ExpandConfig) -> None:
-    """Raise `UserError` for numbers that make no sense."""
-    for key in ("count", "round_size", "seeds_per_prompt"):
-        if getattr(config, key) < 1:
-            raise UserError(f"{key}={getattr(config, key)}: must be at least 1")
-    if config.machine_per_prompt < 0:
-        raise UserError(f"machine_per_prompt={config.machine_per_prompt}: must not be negative")
-    if config.max_requests is not None and config.max_requests < 1:
-        raise UserError(f"max_requests={config.max_requests}: must be at least 1, or null for three times count")
-    if not 0 <= config.judgmental_share <= 1:
-        raise UserError(f"judgmental_share={config.judgmental_share}: must lie between 0 and 1")
-    if not 0 < config.novelty_threshold <= 1:
-        raise UserError(f"novelty_threshold={config.novelty_threshold}: must lie above 0 and not above 1")
+    """Raise `UserError` for settings that make no sense, before anything is paid for."""
+    from alignkit.data.hub import check_push
 
-
-def novelty_text(example: QAExample) -> str:
-    """What the novelty of a row is measured on: its statement and question."""
-    return f"{example.instruction}\n{example.input}"
+    if config.count is not None and config.count < 1:
+        raise UserError(f"count={config.count}: must be at least 1")
+    if not 0 <= config.max_failure_rate <= 1:
+        raise UserError(f"max_failure_rate={config.max_failure_rate}: must lie between 0 and 1")
+    if config.recipe is Recipe.self_instruct and config.count is None:
+        raise UserError("count has no value: recipe=self_instruct needs to know how many new rows you want")
+    getattr(config, config.recipe.name).check()
+    config.metadata.check()
+    if config.push_to_hub:
+        check_push(config.push_to_hub)
 
 
 if __name__ == "__main__":

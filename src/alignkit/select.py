@@ -142,7 +142,7 @@ def _judged(examples: list[QAExample], config: SelectConfig, artifact: Artifact)
             artifact.drop(example, "empty answer")
     scorer = JudgeScorer(open_teacher(config.teacher))
     scores = scorer.score([[*qa_prompt(row), Message(role="assistant", content=row.output)] for row in answered])
-    artifact.metrics |= {"teacher": config.teacher.model, "usage": asdict(scorer.usage)}
+    artifact.metrics |= {"teacher": config.teacher.model, "usage": asdict(scorer.teacher.usage)}
     graded = []
     for example, score, reason in zip(answered, scores, scorer.reasons, strict=True):
         if score is None:

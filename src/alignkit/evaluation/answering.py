@@ -76,5 +76,5 @@ def grade(
     missing = [reason for reason in scorer.reasons if reason]
     if missing:
         LOG.warning("no grade for %d of %d answers, the first because: %s", len(missing), len(keys), missing[0])
-    artifact.metrics |= {"teacher": teacher.model, "usage": asdict(scorer.usage)}
+    artifact.metrics |= {"teacher": teacher.model, "usage": asdict(scorer.teacher.usage)}
     return dict(zip(keys, grades, strict=True))

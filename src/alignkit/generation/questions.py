@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.core.config import ModelConfig, RowsConfig, SamplingConfig
 from alignkit.core.errors import UserError
-from alignkit.core.records import CompletionSet, Dropped
+from alignkit.core.records import CompletionSet, Dropped, QAExample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,25 +17,25 @@ if TYPE_CHECKING:
 def read_prompts(
     rows: RowsConfig, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, sampling: SamplingConfig
 ) -> tuple[list[CompletionSet], list[Dropped]]:
-    """A set without completions for each question, with its id, its kind and, if known, its answer as the reference.
+    """A set without completions for each question.
 
     Dropped are prompts that the chat template or the tokenizer cannot take, and those that would leave a completion
     less than `max_new_tokens` of `model.max_length`. Raises `UserError` when none is left.
     """
-    from alignkit.data.chat import RefusedError, encode_prompt, qa_prompt, special_token_in
+    from alignkit.data.chat import RefusedError, encode_prompt, special_token_in
     from alignkit.data.sources import read_questions
 
     questions, dropped = read_questions(rows)
     sets: list[CompletionSet] = []
     for question in questions:
-        prompt = qa_prompt(question)
+        row = prompt_row(question)
         try:
-            length = len(encode_prompt(tokenizer, prompt))
+            length = len(encode_prompt(tokenizer, row.prompt))
         except RefusedError as error:
             dropped.append(Dropped(reason=str(error), row=question.model_dump(exclude_none=True)))
             continue
         reason = ""
-        if special := special_token_in(tokenizer, prompt):
+        if special := special_token_in(tokenizer, row.prompt):
             reason = f"the text holds the special token {special}"
         elif length + sampling.max_new_tokens > model.max_length:
             reason = "prompt and max_new_tokens exceed max_length"
@@ -43,13 +43,20 @@ def read_prompts(
             detail = f"{length} prompt tokens, max_new_tokens {sampling.max_new_tokens}, max_length {model.max_length}"
             dropped.append(Dropped(reason=reason, row=question.model_dump(exclude_none=True), detail=detail))
             continue
-        fields = {"id": question.id, "parents": question.parents, "prompt": prompt, "completions": []}
-        optional = {"reference": question.output or None, "kind": question.kind}
-        sets.append(CompletionSet.model_validate(fields | {key: value for key, value in optional.items() if value}))
+        sets.append(row)
     if not sets:
         reasons = ", ".join(sorted({each.reason for each in dropped}))
         raise UserError(f"{rows.path}: no question can be sampled for ({reasons})")
     return sets, dropped
+
+
+def prompt_row(question: QAExample) -> CompletionSet:
+    """A set without completions for a question, with its id, its kind and, if known, its answer as the reference."""
+    from alignkit.data.chat import qa_prompt
+
+    fields = {"id": question.id, "parents": question.parents, "prompt": qa_prompt(question), "completions": []}
+    optional = {"reference": question.output or None, "kind": question.kind}
+    return CompletionSet.model_validate(fields | {key: value for key, value in optional.items() if value})
 
 
 def describe_samples(rows: Sequence[CompletionSet]) -> dict[str, Any]:

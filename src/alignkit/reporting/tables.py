@@ -137,6 +137,7 @@ def _asks_teacher(step: Step) -> bool:
     asked = {
         "expand": True,
         "judge": True,
+        "sample": config.get("generator") == "openai",
         "select": config.get("quality", {}).get("mode") == "judge",
         "rejection_sampling": config.get("scorer") == "judge" or config.get("grade") is True,
         "evaluate": config.get("judge") is True,
