@@ -14,15 +14,25 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from alignkit.core.config import TeacherConfig, TeacherMode
 from alignkit.core.records import Message
 from alignkit.teacher.client import Request
 from alignkit.teacher.openai_client import OpenAITeacher
+from alignkit.teacher.store import ResponseStore
 
 CANARY = "canary-3f9c17e2-never-written-down"
 Behaviour = Callable[[str, int], str]
 """From the prompt and the number of the attempt at it (from 0) to what the server does."""
 JSON_ANSWER = '{"colour": "blue", "count": 3}'
+
+
+class Colour(BaseModel):
+    """The shape of that answer."""
+
+    colour: str
+    count: int = 1
 
 
 class MisbehavingServer(ThreadingHTTPServer):
@@ -286,3 +296,9 @@ def teacher_for(server: MisbehavingServer, folder: Path, **changes: Any) -> Open
 
 def request(text: str, **changes: Any) -> Request:
     return Request([Message(role="user", content=text)], **changes)
+
+
+def stored_replies(folder: Path) -> int:
+    """How many replies the response store of `config_for` holds."""
+    with ResponseStore(folder / "teacher.sqlite") as store:
+        return store.count()

@@ -6,7 +6,9 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -91,6 +93,17 @@ def ask(config: TeacherConfig, requests: list[Request], **settings: int) -> list
     return teacher.ask(requests)
 
 
+def ask_and_be_killed_while_waiting(
+    config: TeacherConfig, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(seconds: float) -> NoReturn:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("alignkit.teacher.batch_api.time.sleep", killed)
+        ask(config, requests)
+
+
 def asked(text: str, shape: type[BaseModel] | None = None) -> Request:
     return Request([Message(role="user", content=text)], shape=shape)
 
@@ -142,18 +155,44 @@ def test_a_killed_process_takes_its_batch_up_again(
     server: TeacherServer, rows: Rows, config: TeacherConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.batches.polls = 3
-
-    def killed(seconds: float) -> NoReturn:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("alignkit.teacher.batch_api.time.sleep", killed)
-        ask(config, numbered(5))
+    ask_and_be_killed_while_waiting(config, numbered(5), monkeypatch)
     assert in_flight(config) == 1
     answers = ask(config, numbered(8))  # three more have come: only they are sent
     assert all(answer.usable for answer in answers)
     assert [batch["request_counts"]["total"] for batch in server.batches.batches.values()] == [5, 3]
     assert set(rows.answered.values()) == {1} and in_flight(config) == 0
+
+
+def test_nothing_is_added_under_a_limit_before_an_earlier_batch_is_paid(
+    server: TeacherServer, rows: Rows, config: TeacherConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.batches.polls = 3
+    ask_and_be_killed_while_waiting(config, numbered(5), monkeypatch)
+    # One more may cost 1024 tokens and its prompt: less than the limit, but not beside the 40 of the five.
+    limited = replace(config, max_cost=1055e-6, prices=PricesConfig(1.0, 1.0))
+    with pytest.raises(UserError, match=r"teacher\.max_cost"):
+        ask(limited, numbered(6))
+    assert [batch["request_counts"]["total"] for batch in server.batches.batches.values()] == [5]
+    assert in_flight(config) == 0
+
+
+def test_a_batch_is_found_behind_many_newer_ones(config: TeacherConfig) -> None:
+    class Listed:
+        """Pages of a list, as the package gives them: `data` is only the first."""
+
+        def __init__(self, marks: list[str]) -> None:
+            self.all = [SimpleNamespace(id=f"id-{mark}", metadata={batch_api.MARK: mark}) for mark in marks]
+            self.data = self.all[:100]
+
+        def __iter__(self) -> Iterator[SimpleNamespace]:
+            return iter(self.all)
+
+    with batch_api.BatchApi(config, poll_seconds=0.01) as api:
+        real = api._client
+        fake: Any = SimpleNamespace(batches=SimpleNamespace(list=lambda limit: Listed([str(n) for n in range(250)])))
+        api._client = fake
+        assert api.find("249") == "id-249" and api.find("mine") is None
+        api._client = real
 
 
 def test_a_batch_that_began_while_the_process_died_is_found_by_its_mark(

@@ -133,6 +133,14 @@ def test_rows_are_traceable_and_in_order() -> None:
     assert small == rows
 
 
+def test_no_more_examples_are_asked_about_than_the_wanted_rows_take() -> None:
+    examples, ask = [SPAN, OPEN, VERDICT, NUMBER, PARTS], Asker(Fake(wrapping))
+    config = CompleteAnswersConfig(unanswerable_share=1.0)
+    found = list(complete_answers.rows(examples, config, ask, name="c", seed=1, source="teacher:fake", count=2))
+    assert found == completed(Fake(wrapping), examples)[0][:2]
+    assert ask.asked == 2
+
+
 def test_a_row_has_context_question_and_full_answer() -> None:
     (row,), _ = completed(Fake(wrapping), [SPAN])
     assert isinstance(row, QAExample)
@@ -192,6 +200,7 @@ def test_a_context_that_speaks_to_the_model_is_flagged() -> None:
         (SPAN, {"answer": "It was built long ago."}, "short answer missing"),
         (SPAN, {"answer": "It was built in 19310."}, "short answer missing"),
         (SPAN, {"answer": " "}, "full answer missing"),
+        (SPAN, {"answer": "这座桥是在1931年建成的。"}, "another language than asked for"),
         (SPAN, "In 1931.", "no JSON object in the answer"),
         (SPAN, "", "empty answer"),
         (SPAN, {"reply": "1931"}, "the JSON has not the fields asked for"),

@@ -203,6 +203,17 @@ def test_a_page_given_twice_is_used_once(tmp_path: Path) -> None:
     assert why(path) == {"page given twice": 1}
 
 
+def test_pages_that_are_counted_from_0_keep_their_order_and_none_is_lost(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.json", json.dumps({"page_0": "first", "page_1": "second"}))
+    assert texts(path) == [("a.json#1", "first"), ("a.json#2", "second")]
+    rows = [("x", 0, "a"), ("x", 1, "b"), ("y", 1, "c"), ("z", 1, "d"), ("z", 0, "e")]
+    lines = [json.dumps({"document": name, "page": page, "text": text}) + "\n" for name, page, text in rows]
+    path = write(tmp_path, "b.jsonl", "".join(lines))
+    assert texts(path) == [("x#1", "a"), ("x#2", "b"), ("y#1", "c"), ("z#2", "d"), ("z#1", "e")]
+    path = write(tmp_path, "c.jsonl", "".join([*lines[:2], "no JSON\n"]))
+    assert texts(path) == [("x#1", "a"), ("x#2", "b")] and why(path) == {"not readable": 1}
+
+
 def test_line_ends_and_control_characters_are_cleaned(tmp_path: Path) -> None:
     marked = "\ufeffa\r\nb\rc\x00d\x07e\tf"
     assert texts(write(tmp_path, "a.txt", marked)) == [("a.txt#1", "a\nb\ncde\tf")]

@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("bm25s")
 
+from alignkit.core.app import load_config
 from alignkit.core.config import TeacherConfig, TeacherMode
 from alignkit.core.errors import UserError
 from alignkit.core.records import DocumentPage, Dropped
@@ -21,13 +22,14 @@ from alignkit.data.closed_world import answer as right_answer
 from alignkit.data.closed_world import read_question, read_statement
 from alignkit.data.documents import read_documents
 from alignkit.data.sources import documents as source_of_documents
+from alignkit.data.sources.documents import DocumentQuestion
 from alignkit.data.sources.raw import RawRow
 from alignkit.retrieval.bm25 import BM25Index
 from alignkit.teacher.client import Answer, OnAnswer, Request, Teacher, Usage, open_teacher
 from alignkit.teacher.reading import read_reply
 from alignkit.teacher.recipes.asking import Asker
 from alignkit.teacher.recipes.document_requests import outline, question_problem, same_script
-from alignkit.teacher.recipes.documents import DocumentQuestion, DocumentsConfig, rows
+from alignkit.teacher.recipes.documents import DocumentsConfig, rows
 from alignkit.teacher.scripted import ScriptedTeacher
 from alignkit.teacher.server import TeacherServer
 
@@ -95,6 +97,22 @@ def made(
         [row for row in found if isinstance(row, DocumentQuestion)],
         [row for row in found if isinstance(row, Dropped)],
     )
+
+
+def test_no_more_windows_are_asked_about_than_the_wanted_rows_take() -> None:
+    pages, config = document(60), DocumentsConfig(questions_per_window=2)
+    whole, _ = made(Fake(obliging), pages, questions_per_window=2)
+    ask = Asker(Fake(obliging))
+    found = list(rows(pages, config, ask, BM25Index, name="d", seed=1, source="teacher:t", count=5))
+    kept = [row for row in found if isinstance(row, DocumentQuestion)]
+    assert kept == whole[:5]
+    assert [each.reason for each in found if isinstance(each, Dropped)] == ["left over"] and found[-1] == kept[-1]
+    assert {name: step.asked for name, step in ask.steps.items()} == {
+        "questions": 3,
+        "scores": 3,
+        "global relevance": 6,
+        "answers": 6,
+    }
 
 
 def reasons(dropped: Sequence[Dropped]) -> Counter[str]:
@@ -388,3 +406,9 @@ def test_real_documents_go_through(folder: str) -> None:
     found, refused = made(Fake(obliging), pages[:40])
     assert found and not refused
     assert all(row.chunks_rag and row.chunks_rag not in row.chunks for row in found)
+
+
+def test_the_closed_worlds_table_is_joined_to_nobody_elses_documents() -> None:
+    """Documents are matched by names like manual and notes, which others have too."""
+    config = load_config("expand", ["run=x", "recipe=documents", "data.path=mine"])
+    assert (config.metadata.path, config.metadata.query) == (None, None)

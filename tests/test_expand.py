@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from alignkit.core.app import load_config
 from alignkit.core.config import RowsConfig, TeacherConfig, TeacherMode
 from alignkit.core.errors import UserError
 from alignkit.data.closed_world import World, answer, read_question, read_statement
+from alignkit.data.metadata import MetadataConfig
 from alignkit.expand import ExpandConfig, Recipe
 from alignkit.scoring.novelty import NoveltyFilter
 from alignkit.teacher.client import Answer, OnAnswer, Request, Usage
@@ -172,10 +174,11 @@ def test_what_is_dropped_and_why(seeds: Path, tmp_path: Path, monkeypatch: pytes
     ]
     use(monkeypatch, Written(replies))
     settings = {"max_requests": 9, "judgmental_share": 1.0}
-    artifact = expand.run(configure(seeds, tmp_path, settings, count=5, max_failure_rate=0.6))
+    artifact = expand.run(configure(seeds, tmp_path, settings, count=5, max_failure_rate=0.7))
     assert dict(artifact.dropped) == {
         "no JSON object in the answer": 1,
         "no answer": 1,
+        "another language than asked for": 1,
         "question without question mark": 1,
         "answer missing": 1,
         "statement too short or too long": 1,
@@ -185,8 +188,8 @@ def test_what_is_dropped_and_why(seeds: Path, tmp_path: Path, monkeypatch: pytes
     details = {row["row"]["id"]: row["detail"] for row in read_rows(tmp_path / "out" / "dropped.jsonl")}
     assert "500" in details["expand-request-3"]
     assert details["expand-request-7"] == "ROUGE-L 0.875 with expand-00001"  # 7 of 8 words
-    assert [row["input"] for row in read_rows(tmp_path / "out" / "expanded.jsonl")] == ["Is it?", "这是真的吗？"]
-    assert artifact.metrics["missing"] == 3 and artifact.status == "complete"  # a shortfall is said, not an error
+    assert [row["input"] for row in read_rows(tmp_path / "out" / "expanded.jsonl")] == ["Is it?"]
+    assert artifact.metrics["missing"] == 4 and artifact.status == "complete"  # a shortfall is said, not an error
 
     use(monkeypatch, Written([said(seed["instruction"], seed["input"], seed["output"]), said(answer="It is 3 m.")]))
     again = configure(seeds, tmp_path / "seed", {"max_requests": 2, "judgmental_share": 0.0}, count=2)
@@ -204,12 +207,21 @@ def test_too_many_unusable_answers_fail_the_stage_after_writing(
     assert len(read_rows(tmp_path / "out" / "expanded.jsonl")) == 1
 
 
-def test_a_teacher_that_gives_nothing_usable(seeds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_that_gives_nothing_usable(
+    seeds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     teacher = Written(["I only know other things."])
     use(monkeypatch, teacher)
-    with pytest.raises(UserError, match=r"no usable row in \d+ answers: no JSON object"):
+    with caplog.at_level("INFO"), pytest.raises(UserError, match=r"no usable row in \d+ answers: no JSON") as caught:
         expand.run(configure(seeds, tmp_path, count=1000))
     assert len(read_rows(tmp_path / "out" / "dropped.jsonl")) == len(teacher.asked) < 100
+    assert re.search(r"^kept +0\n.*^tokens .*^cost +n/a", caplog.text, re.MULTILINE | re.DOTALL)
+    assert "name a real teacher" in str(caught.value)
+    served = configure(seeds, tmp_path / "served", count=1000)
+    served.teacher.mode = TeacherMode.openai
+    with pytest.raises(UserError, match=r"teacher\.retry_failed=true") as caught:
+        expand.run(served)
+    assert "name a real teacher" not in str(caught.value)
 
 
 def test_seeds_that_cannot_be_shown_are_dropped(seeds: Path, tmp_path: Path) -> None:
@@ -244,6 +256,32 @@ def test_settings_that_make_no_sense(seeds: Path, tmp_path: Path, settings: dict
 def test_numbers_that_make_no_sense(seeds: Path, tmp_path: Path, changes: dict[str, Any], key: str) -> None:
     with pytest.raises(UserError, match=key):
         expand.run(configure(seeds, tmp_path, **changes))
+
+
+@pytest.mark.parametrize("recipe", [Recipe.raft, Recipe.documents])
+def test_documents_are_not_counted_in_rows(seeds: Path, tmp_path: Path, recipe: Recipe) -> None:
+    config = configure(seeds, tmp_path, recipe=recipe)
+    config.data.limit = 5
+    with pytest.raises(UserError, match=rf"data.limit .*recipe={recipe.name} reads documents"):
+        expand.run(config)
+
+
+def test_metadata_that_no_one_would_join_is_refused(seeds: Path, tmp_path: Path) -> None:
+    config = configure(seeds, tmp_path, metadata=MetadataConfig(path=str(seeds)))
+    with pytest.raises(UserError, match="only recipe=documents joins it"):
+        expand.run(config)
+
+
+def test_a_dry_run_asks_for_as_much_as_the_wanted_rows_take(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"{number}.txt").write_text(f"This is text number {number}, and it says that {number} is a number.")
+    for recipe in (Recipe.raft, Recipe.documents):
+        caplog.clear()
+        with caplog.at_level("INFO", "alignkit"):
+            expand.run(configure(folder, tmp_path / recipe.name, recipe=recipe, count=10, dry_run=True))
+        assert any(line.split()[:2] == ["questions", "2"] for line in caplog.text.splitlines()), caplog.text
 
 
 def test_a_count_is_needed(seeds: Path, tmp_path: Path) -> None:

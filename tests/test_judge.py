@@ -344,6 +344,22 @@ def test_the_stage_compares(tmp_path: Path) -> None:
     assert artifact.metrics["usage"]["requests"] == 10
 
 
+def test_equal_completions_are_set_aside_and_count_as_no_failure(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [completion_set(number) for number in range(4)]
+    rows[1:] = [row.model_copy(update={"completions": row.completions[:1] * 3}) for row in rows[1:]]
+    with caplog.at_level("INFO"):
+        artifact = judge.run(configure(rows, tmp_path, mode=judge.JudgeMode.pairwise, max_failure_rate=0.0))
+    assert [row["id"] for row in read_rows(tmp_path / "out" / "scored.jsonl")] == ["row-0"]
+    assert artifact.dropped == {"no other reply to compare with": 9}
+    assert artifact.metrics["completions"] == 3 and artifact.metrics["without_grade"] == 9
+    assert "9 others, the only ones to their prompt" in caplog.text
+    assert "tokens" in caplog.text and "cost    n/a" in caplog.text
+    with pytest.raises(UserError, match="no completion has a grade"):
+        judge.run(configure(rows[1:], tmp_path, mode=judge.JudgeMode.pairwise))
+
+
 def test_a_served_teacher_grades_and_nothing_is_asked_twice(tmp_path: Path) -> None:
     rows = [completion_set(number) for number in range(5)]
     with TeacherServer(ScriptedTeacher()) as server:

@@ -50,10 +50,10 @@ QUERY = "select filename, machine_name, machine_code from machines"
 
 
 def test_every_page_gets_the_columns_of_its_document(table: MetadataConfig) -> None:
-    joined, dropped, without = join_metadata(pages("manuals/press.json", "lathe.pdf"), table)
+    joined, dropped = join_metadata(pages("manuals/press.json", "lathe.pdf"), table)
     assert [page.metadata["machine_code"] for page in joined] == ["M-7", "M-7", "M-8", "M-8"]
     assert joined[0].metadata == {"machine_name": "Press", "machine_code": "M-7"}
-    assert not dropped and not without
+    assert not dropped
 
 
 def test_the_whole_path_goes_before_the_name_and_the_name_before_its_stem(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_the_whole_path_goes_before_the_name_and_the_name_before_its_stem(tmp_pa
     codes = {name: metadata.get("code") for name, metadata in found(config, "a/x.pdf", "b/x.txt").items()}
     assert codes == {"a/x.pdf": "1", "b/x.txt": "3"}
     config.unmatched = Unmatched.drop
-    _, dropped, _ = join_metadata(pages("z/y.pdf", "x.json", "q.md"), config)
+    _, dropped = join_metadata(pages("z/y.pdf", "x.json", "q.md"), config)
     assert [(each.row["document"], each.reason) for each in dropped] == [
         ("z/y.pdf", "metadata ambiguous"),
         ("x.json", "metadata ambiguous"),
@@ -75,18 +75,18 @@ def test_documents_without_a_row_are_kept_and_counted_or_dropped(
     table: MetadataConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "alignkit"):
-        joined, dropped, without = join_metadata(pages("press.pdf", "mill.pdf"), table)
-    assert len(joined) == 4 and not dropped and without == ["mill.pdf"]
+        joined, dropped = join_metadata(pages("press.pdf", "mill.pdf"), table)
+    assert len(joined) == 4 and not dropped
     assert "none for 1 of 2 documents: mill.pdf" in caplog.text
     table.unmatched = Unmatched.drop
-    joined, dropped, without = join_metadata(pages("press.pdf", "mill.pdf"), table)
-    assert [page.document for page in joined] == ["press.pdf", "press.pdf"] and not without
+    joined, dropped = join_metadata(pages("press.pdf", "mill.pdf"), table)
+    assert [page.document for page in joined] == ["press.pdf", "press.pdf"]
     assert [(each.reason, each.row) for each in dropped] == [("no metadata", {"document": "mill.pdf", "pages": 2})]
 
 
 def test_no_source_leaves_the_pages_as_they_are() -> None:
     given = pages("a")
-    assert join_metadata(given, MetadataConfig()) == (given, [], [])
+    assert join_metadata(given, MetadataConfig()) == (given, [])
 
 
 def test_excel_writes_semicolons_and_a_mark(tmp_path: Path) -> None:

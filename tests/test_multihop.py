@@ -164,6 +164,15 @@ def test_what_a_comparison_is_refused_for(changes: dict[str, Any], reason: str |
     assert (problem and problem.partition(": ")[0]) == reason
 
 
+def test_a_comparison_is_in_the_language_of_its_category() -> None:
+    found = Comparison.model_validate(GOOD)
+    for sub_category, reason in (("bridges", None), ("桥梁", "another language than asked for")):
+        request = comparison_request("", sub_category, 1, "yes-no", attribute_number=1, other_attributes=1)
+        assert request.check
+        problem = request.check(found)
+        assert (problem and problem.partition(": ")[0]) == reason
+
+
 def test_a_wh_question_is_not_answered_by_yes() -> None:
     found = Comparison.model_validate(GOOD)
     assert str(comparison_problem(found, "wh")).startswith("final answer is yes or no")
@@ -218,6 +227,8 @@ def test_a_hopeless_teacher_is_not_asked_for_long() -> None:
         ({**OPEN, "answer": "It is long."}, FINAL, "answer does not say that the question is open"),
         ({**OPEN, "short_answer": "900 m"}, FINAL, "short answer to a question left open"),
         ({**OPEN, "evidence": ""}, FINAL, "evidence missing"),
+        ({**OPEN, "answer": "文中没有说明。"}, FINAL, "another language than asked for"),
+        (None, {**FINAL_OPEN, "answer": "无法比较。"}, "another language than asked for"),
         (None, FINAL_OPEN, "final answer does not follow from its facts"),
         (None, {**FINAL, "short_answer": ""}, "short answer missing"),
         (None, "Yes!", "no JSON object in the answer"),

@@ -34,7 +34,6 @@ from alignkit.teacher.recipes.raft import (
     draw_distractors,
     question_problem,
     questions_request,
-    script,
 )
 from alignkit.teacher.scripted import ScriptedTeacher
 from alignkit.teacher.scripted.raft import reply as scripted_reply
@@ -194,6 +193,27 @@ def test_rounds_do_not_change_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row.model_dump() for row in run(chunks(20))[0]] == [row.model_dump() for row in whole]
 
 
+def test_no_more_chunks_are_asked_about_than_the_wanted_rows_take() -> None:
+    teacher = Spoken(first_sentence)
+    ask, texts = Asker(teacher), chunks(100)
+    found = list(raft.rows(texts, RaftConfig(), ask, name="raft", seed=1, source="teacher:fake", count=12))
+    kept = [row for row in found if not isinstance(row, Dropped)]
+    assert [row.model_dump() for row in kept] == [row.model_dump() for row in run(texts)[0][:12]]
+    assert [each.reason for each in found if isinstance(each, Dropped)] == ["left over"] * 3
+    assert found[-1] is kept[-1]  # whoever stops at the last row has heard of the others
+    assert (ask.steps["questions"].asked, ask.steps["answers"].asked) == (3, 15)
+
+
+def test_rows_that_are_missing_are_made_from_further_chunks() -> None:
+    def say(request: Request) -> str:
+        return "No." if "number 1 " in request.messages[1].content else first_sentence(request)
+
+    ask = Asker(Spoken(say))
+    found = list(raft.rows(chunks(9), RaftConfig(), ask, name="raft", seed=1, source="teacher:fake", count=10))
+    assert sum(not isinstance(row, Dropped) for row in found) == 10
+    assert ask.steps["questions"].asked == 3
+
+
 # -- what is dropped ---------------------------------------------------------------------------------------------------
 
 
@@ -333,14 +353,6 @@ def test_a_document_that_instructs_the_model_stays_data_and_is_flagged() -> None
         assert not any("previous" in line for line in lines[1:])
         assert attack not in request.messages[0].content
     assert not any(row.flags for row in run(chunks(5))[0])
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [("The tower", "Latin"), ("塔在巴黎", "CJK"), ("用 Python 写的代码", "CJK"), ("1889", None), ("Über Öl", "Latin")],
-)
-def test_the_script_of_a_text(text: str, found: str | None) -> None:
-    assert script(text) == found
 
 
 def test_chinese_documents_get_chinese_rows() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,9 @@ def test_a_teacher_is_asked_for_every_completion_at_its_own_temperature() -> Non
     OpenAIGenerator(other, "model-x").generate(PROMPTS, SAMPLING, seed=2)
     assert again.asked == teacher.asked  # so that the response store has them
     assert {request.sample for request in other.asked}.isdisjoint(request.sample for request in teacher.asked)
+    more = Numbering()
+    OpenAIGenerator(more, "model-x").generate(PROMPTS, replace(SAMPLING, n=5), seed=1)
+    assert len(more.asked) == 15 and all(request in more.asked for request in teacher.asked)
 
 
 def from_teacher(rows: list[dict[str, Any]], folder: Path, **changes: Any) -> SampleConfig:

@@ -15,7 +15,8 @@ from alignkit.core.artifact import Artifact
 from alignkit.core.errors import UserError
 from alignkit.core.records import Message, QAExample
 from alignkit.data.closed_world import World, answer
-from alignkit.scoring.rules import broken_rules, read_verdict, repetition, rule_quality, words
+from alignkit.data.words import words
+from alignkit.scoring.rules import broken_rules, read_verdict, repetition, rule_quality
 from alignkit.select import run
 from alignkit.teacher.client import Usage
 

@@ -149,6 +149,9 @@ def test_a_new_example_is_in_the_language_of_its_seeds() -> None:
     ]
     assert not dropped and rows[0].parents == ["zh"] and rows[0].source == "teacher:x"
     assert "灯笼厅周一闭馆。" in prompt_of(teacher.asked[0])  # not escaped
+    english = Written([example("The tea house takes cash only.", "Does it take cards?", "It takes cash only, so no.")])
+    rows, dropped, _ = follow(english, [seed], 1, judgmental_share=1.0, max_requests=1)
+    assert not rows and [each.reason for each in dropped] == ["another language than asked for"]
 
 
 @pytest.mark.parametrize(

@@ -336,7 +336,9 @@ def test_the_object_is_found_whatever_stands_around_it(text: str, value: Note) -
     [
         ("", "empty answer"),
         ("<think>hm</think> ", "empty answer"),
-        ("I cannot help with that.", "no JSON object in the answer"),
+        ("I cannot help with that.", "refused by the teacher"),
+        ("抱歉，这个问题不能谈。", "refused by the teacher"),
+        ("I would say that it is blue.", "no JSON object in the answer"),
         ("[1, 2]", "no JSON object in the answer"),
         ('{"text": "a"', "the JSON of the answer is broken"),
         ('{"text": {"text": "inner"}, "score": ', "the JSON of the answer is broken"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from alignkit.data.wording import contains, invented, leaves_open, tokens, verdict
+from alignkit.data.wording import contains, invented, language_problem, leaves_open, script, tokens, verdict
 
 
 @pytest.mark.parametrize(
@@ -77,3 +77,29 @@ def test_invented_names_and_numbers() -> None:
     source = "When did the Alma sink?"
     assert invented("The text does not say when the Alma sank.", source) == []
     assert invented("It does not say that the Alma sank in 1950 near Oslo.", source) == ["Oslo", "1950"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("The tower", "LATIN"),
+        ("Über Öl", "LATIN"),
+        ("ＡＢＣ", "LATIN"),
+        ("塔在巴黎", "CJK"),
+        ("用 Python 写的代码", "CJK"),
+        ("とうきょうタワー", "CJK"),
+        ("탑은 파리에 있다", "HANGUL"),
+        ("Башня стоит в Париже.", "CYRILLIC"),
+        ("1889, 330 %", None),
+    ],
+)
+def test_the_script_of_a_text(text: str, found: str | None) -> None:
+    assert script(text) == found
+
+
+def test_a_script_that_none_of_the_texts_beside_it_is_in() -> None:
+    problem = language_problem("船建于1931年。", "When was the ship built?", "1931")
+    assert problem == "another language than asked for: CJK script instead of LATIN"
+    assert language_problem("船建于1931年。", "When was the ship built?", "一九三一") is None
+    assert language_problem("船建于1931年。", "1931", "") is None
+    assert language_problem("1931", "When was the ship built?") is None

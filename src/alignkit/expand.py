@@ -37,7 +37,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
-from alignkit.core.config import RowsConfig, StageConfig, TeacherStageConfig
+from alignkit.core.config import RowsConfig, StageConfig, TeacherMode, TeacherStageConfig
 from alignkit.core.errors import UserError
 from alignkit.core.records import Dropped, Row
 from alignkit.data.metadata import MetadataConfig
@@ -48,6 +48,7 @@ from alignkit.teacher.recipes.raft import RaftConfig
 from alignkit.teacher.recipes.self_instruct import SelfInstructConfig
 
 if TYPE_CHECKING:
+    from alignkit.reporting.yields import Yields
     from alignkit.teacher.recipes.asking import Asker
 
 # All configurations write Optional[...]; omegaconf takes `... | None` just as well.
@@ -106,9 +107,11 @@ def run(config: ExpandConfig) -> Artifact:
             ask = Asker(open_teacher(config.teacher))
             found = progress(follow_recipe(config, ask), f"expand, {config.recipe.name}", total=config.count)
             rows = collect(found, config.count, artifact)
+            yields = account(artifact, config, ask, rows)
             if not rows:
-                raise UserError(nothing_usable(artifact, ask))
-            write(artifact, config, ask, rows)
+                LOG.info("%s", yields.text().rstrip())
+                raise UserError(nothing_usable(artifact, config, ask))
+            write(artifact, config, ask, rows, yields)
     if config.push_to_hub:
         push(config, artifact)
     return artifact
@@ -150,41 +153,47 @@ def follow_recipe(config: ExpandConfig, ask: Asker) -> Iterator[Row | Dropped]:
             from alignkit.retrieval.bm25 import BM25Index
 
             pages, unusable = read_documents(config.data.path)
-            pages, unmatched, _ = join_metadata(pages, config.metadata)
+            pages, unmatched = join_metadata(pages, config.metadata)
             unusable += unmatched
-            found = documents.rows(pages, config.documents, ask, BM25Index, **named)
+            found = documents.rows(pages, config.documents, ask, BM25Index, count=config.count, **named)
         case Recipe.raft:
             from alignkit.data.chunks import chunk_pages
 
             pages, unusable = read_documents(config.data.path)
             chunks = chunk_pages(pages, config.raft.chunk_size, config.raft.chunk_overlap)
-            found = raft.rows(chunks, config.raft, ask, **named)
+            found = raft.rows(chunks, config.raft, ask, count=config.count, **named)
         case Recipe.multihop:
             given, unusable = read_comparables(config.data)
             found = multihop.rows(given, config.count, config.multihop, ask, **named)
         case Recipe.complete_answers:
             short, unusable = read_short_answers(config.data)
-            found = complete_answers.rows(short, config.complete_answers, ask, **named)
+            found = complete_answers.rows(short, config.complete_answers, ask, count=config.count, **named)
     yield from unusable
     yield from found
 
 
-def write(artifact: Artifact, config: ExpandConfig, ask: Asker, rows: list[Row]) -> None:
-    """Write the rows, the datasheet and the account, and show ten rows. Fails when too many requests were in vain."""
-    from alignkit.reporting.datasheet import write_datasheet
-    from alignkit.reporting.yields import Yields, print_ten_rows
+def account(artifact: Artifact, config: ExpandConfig, ask: Asker, rows: list[Row]) -> Yields:
+    """What was asked, kept and dropped, and what it took; also noted in the artifact's metrics."""
+    from alignkit.reporting.yields import Yields
 
     usage = ask.teacher.usage
-    artifact.write_rows("expanded.jsonl", rows)
-    yields = Yields(ask.steps, len(rows), artifact.dropped, usage, config.teacher.prices)
-    write_datasheet(artifact, "expanded.jsonl", rows, yields, recipe=config.recipe.name, teacher=config.teacher)
-    print_ten_rows(rows)
-    LOG.info("%s", yields.text().rstrip())
     artifact.metrics |= {"recipe": config.recipe.name, "requested": ask.asked, "accepted": len(rows)}
     artifact.metrics["steps"] = {
         name: {**vars(step), "refused": dict(step.refused)} for name, step in ask.steps.items()
     }
     artifact.metrics |= {"teacher": config.teacher.model, "usage": asdict(usage)}
+    return Yields(ask.steps, len(rows), artifact.dropped, usage, config.teacher.prices)
+
+
+def write(artifact: Artifact, config: ExpandConfig, ask: Asker, rows: list[Row], yields: Yields) -> None:
+    """Write the rows and the datasheet, and show ten rows. Fails when too many requests were in vain."""
+    from alignkit.reporting.datasheet import write_datasheet
+    from alignkit.reporting.yields import print_ten_rows
+
+    artifact.write_rows("expanded.jsonl", rows)
+    write_datasheet(artifact, "expanded.jsonl", rows, yields, recipe=config.recipe.name, teacher=config.teacher)
+    print_ten_rows(rows)
+    LOG.info("%s", yields.text().rstrip())
     artifact.summary = f"{len(rows)} new rows from {ask.asked} requests"
     if config.count is not None and len(rows) < config.count:
         artifact.metrics["missing"] = config.count - len(rows)
@@ -205,13 +214,14 @@ def estimate(config: ExpandConfig, artifact: Artifact) -> None:
     artifact.summary = f"dry run, nothing was sent; {known} rows could be made from stored answers"
 
 
-def nothing_usable(artifact: Artifact, ask: Asker) -> str:
+def nothing_usable(artifact: Artifact, config: ExpandConfig, ask: Asker) -> str:
     """What to say when there is not one row."""
     reasons = ", ".join(f"{reason} ({times} times)" for reason, times in artifact.dropped.most_common(3))
-    return (
-        f"expand: no usable row in {ask.asked} answers: {reasons}. {artifact.folder / 'dropped.jsonl'} has them "
-        "all. For texts outside the demo's world name a real teacher: teacher=openai teacher.model=..."
-    )
+    advice = "teacher.retry_failed=true asks again for what failed."
+    if config.teacher.mode is TeacherMode.scripted:
+        advice = "For texts outside the demo's world name a real teacher: teacher=openai teacher.model=..."
+    file = artifact.folder / "dropped.jsonl"
+    return f"expand: no usable row in {ask.asked} answers: {reasons}. {file} has them all. {advice}"
 
 
 def push(config: ExpandConfig, artifact: Artifact) -> None:
@@ -235,6 +245,13 @@ def check_config(config: ExpandConfig) -> None:
         raise UserError(f"max_failure_rate={config.max_failure_rate}: must lie between 0 and 1")
     if config.recipe is Recipe.self_instruct and config.count is None:
         raise UserError("count has no value: recipe=self_instruct needs to know how many new rows you want")
+    if config.recipe in (Recipe.documents, Recipe.raft) and (config.data.skip or config.data.limit is not None):
+        raise UserError(
+            f"data.skip and data.limit count rows, and recipe={config.recipe.name} reads documents: leave files out of "
+            "data.path, or say with count how many new rows you want"
+        )
+    if config.recipe is not Recipe.documents and (config.metadata.path or config.metadata.query):
+        raise UserError(f"metadata: only recipe=documents joins it, not recipe={config.recipe.name}")
     getattr(config, config.recipe.name).check()
     config.metadata.check()
     if config.push_to_hub:

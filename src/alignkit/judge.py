@@ -3,8 +3,9 @@
 Each completion is graded on its own, by a rubric of criteria with weights. With more_judges the score is the mean of
 several judges. mode=pairwise compares the completions of a prompt with each other instead, n (n - 1) requests a prompt:
 every pair is shown in both orders, a verdict that changes with the order counts as a tie, and the score is the share of
-wins times 10. An answer that holds no grade is missing, never 0: a completion without any is dropped with the reason,
-and too many of them fail the stage. Answers are stored, so that a killed or repeated run pays for none twice.
+wins times 10; a completion to whose prompt there is no other is dropped. An answer that holds no grade is missing,
+never 0: a completion without any is dropped with the reason, and too many of them fail the stage. Answers are stored,
+so that a killed or repeated run pays for none twice.
 
 Reads:   data.path                 prompts with completions
          rubric                    criteria to grade by (optional)
@@ -105,7 +106,7 @@ def run(config: JudgeConfig) -> Artifact:
         scored = with_scores(rows, scores, scorer.reasons, artifact)
         artifact.write_rows("scored.jsonl", scored)
         artifact.write_rows("grades.jsonl", grade_rows(rows, scorer, judges))
-        record(artifact, scored, scorer, judges, config.max_failure_rate)
+        record(artifact, scored, scorer, judges, config)
     return artifact
 
 
@@ -208,15 +209,26 @@ def record(
     scored: Sequence[CompletionSet],
     scorer: JudgeScorer,
     judges: Sequence[str],
-    max_failure_rate: float,
+    config: JudgeConfig,
 ) -> None:
-    """Write down what came of it, and stop when too many completions have no grade."""
+    """Write down what came of it, and stop when too many completions have no grade, or all of them.
+
+    A completion that there is nothing to compare with has none either, but no answer was missing.
+    """
+    from alignkit.reporting.yields import what_it_took
+    from alignkit.scoring.judge import NOTHING_TO_COMPARE
+    from alignkit.teacher.client import Usage
+
     scores = [completion.score for row in scored for completion in row.completions if completion.score is not None]
     failures = Counter(str(reason).partition(": ")[0] for reason in scorer.reasons if reason is not None)
-    total, failed = len(scorer.reasons), failures.total()
+    alone = failures.pop(NOTHING_TO_COMPARE, 0)
+    total, failed = len(scorer.reasons) - alone, failures.total()
+    usage = total_usage(scorer)
+    for name, value in what_it_took(Usage(**usage), config.teacher.prices):
+        LOG.info("%-7s %s", name, value)
     spreads = [each.spread for each in scorer.grades if each.spread is not None]
-    artifact.metrics |= {"teacher": ", ".join(judges), "usage": total_usage(scorer)}
-    artifact.metrics |= {"rows": len(scored), "completions": len(scores), "without_grade": failed}
+    artifact.metrics |= {"teacher": ", ".join(judges), "usage": usage}
+    artifact.metrics |= {"rows": len(scored), "completions": len(scores), "without_grade": failed + alone}
     artifact.metrics["grades"] = sum(len(each.given) for each in scorer.grades)
     artifact.metrics["missing_grades"] = sum(len(each.missing) for each in scorer.grades)
     artifact.metrics["scores"] = {
@@ -234,7 +246,11 @@ def record(
     detail = f"{failed} of {total} completions without a grade"
     if failures:
         detail += f", most of them: {failures.most_common(1)[0][0]}; dropped.jsonl has them all"
-    artifact.check("grades readable", failed <= max_failure_rate * total, detail)
+    if alone:
+        detail += f"; {alone} others, the only ones to their prompt, had nothing to be compared with"
+    artifact.check("grades readable", failed <= config.max_failure_rate * total, detail)
+    if not scores:
+        raise UserError(f"judge: no completion has a grade; {artifact.folder / 'dropped.jsonl'} has the reasons")
 
 
 def total_usage(scorer: JudgeScorer) -> dict[str, Any]:

@@ -130,6 +130,7 @@ def sample_teacher(config: SampleConfig, artifact: Artifact) -> list[CompletionS
     from alignkit.data.sources import read_questions
     from alignkit.generation.openai import OpenAIGenerator
     from alignkit.generation.questions import prompt_row
+    from alignkit.reporting.yields import what_it_took
     from alignkit.teacher.client import open_teacher
 
     questions, dropped = read_questions(config.data)
@@ -142,6 +143,8 @@ def sample_teacher(config: SampleConfig, artifact: Artifact) -> list[CompletionS
         artifact.drop(rows[position], str(answer.reason), answer.detail)
     artifact.metrics |= {"requested": len(rows) * config.sampling.n, "failed": len(generator.failures)}
     artifact.metrics |= {"teacher": config.teacher.model, "usage": asdict(generator.teacher.usage)}
+    for name, value in what_it_took(generator.teacher.usage, config.teacher.prices):
+        LOG.info("%-7s %s", name, value)
     if not any(written):
         raise UserError(f"sample: no usable answer at all, mostly: {artifact.dropped.most_common(1)[0][0]}")
     return [

@@ -185,7 +185,8 @@ def refuse_secrets(arguments: Sequence[str]) -> None:
         key, _, value = argument.lstrip("+~").partition("=")
         secret_key = _SECRET_KEY.search(key) and not _TOKENIZER_KEY.search(key)
         no_name = key.endswith("api_key_env") and not re.fullmatch(r"(['\"]?)([A-Z][A-Z0-9_]*)?\1", value)
-        if secret_key or no_name or _SECRET_VALUE.search(argument):
+        opens = key.endswith("base_url") and re.search("[@?]", value)  # a user or a query, which are ways to give a key
+        if secret_key or no_name or opens or _SECRET_VALUE.search(argument):
             where = "an argument" if _SECRET_VALUE.search(key) else key
             raise UserError(
                 f"{where}: a key must not stand on the command line. Put it into an environment variable and give the "

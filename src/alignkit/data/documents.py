@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -163,33 +163,46 @@ def _read_json(file: Path, name: str) -> Iterator[RawPage]:
         raise _UnreadableError("not JSON", f"{place}: {error}") from error
     if not isinstance(fields, dict):
         raise _UnreadableError("no pages", f"{file}: an object or a list is needed, found {type(fields).__name__}")
-    return _object_pages(fields, name, 1)
+    return _counted_from_one(_object_pages(fields, name, 1))
 
 
 def _read_lines(file: Path, name: str) -> Iterator[RawPage]:
+    found: list[RawPage] = []
+    problem: UserError | None = None
     try:
         for number, (place, fields) in enumerate(read_rows(str(file)), 1):
             paged = any(map(_PAGE_KEY.fullmatch, fields))
-            yield from _object_pages(fields, f"{name}:{place.rpartition(':')[2]}" if paged else name, number)
+            found += _object_pages(fields, f"{name}:{place.rpartition(':')[2]}" if paged else name, number)
     except UserError as error:
-        raise _UnreadableError("not readable", str(error)) from error
+        problem = error
+    yield from _counted_from_one(found)
+    if problem:
+        raise _UnreadableError("not readable", str(problem)) from problem
 
 
 def _object_pages(fields: Mapping[str, Any], name: str, number: int) -> Iterator[RawPage]:
     """The pages of an object: its `page_<n>`, or one page with its `text`, or else with the whole object.
 
     The last is how RAFT reads the description of an API. `document`, `page` and `metadata` are taken where they fit.
+    Pages may be counted from 0 here.
     """
     document, page, metadata = fields.get("document"), fields.get("page"), fields.get("metadata")
     document = document if isinstance(document, str) and document else name
     metadata = metadata if isinstance(metadata, dict) else {}
     numbered = sorted((int(match[1]), key) for key in fields if (match := _PAGE_KEY.fullmatch(key)))
     for found, key in numbered:
-        yield RawPage(document, max(found, 1), fields[key], metadata)
+        yield RawPage(document, found, fields[key], metadata)
     if not numbered:
-        page = page if isinstance(page, int) and not isinstance(page, bool) and page > 0 else number
+        page = page if isinstance(page, int) and not isinstance(page, bool) and page >= 0 else number
         text = fields["text"] if "text" in fields else json.dumps(fields, ensure_ascii=False, indent=1)
         yield RawPage(document, page, text if fields else "", metadata)
+
+
+def _counted_from_one(pages: Iterable[RawPage]) -> Iterator[RawPage]:
+    """The pages, those of a document that counts them from 0 each with the number after its own."""
+    pages = list(pages)
+    from_zero = {page.document for page in pages if page.page == 0}
+    return (page._replace(page=page.page + (page.document in from_zero)) for page in pages)
 
 
 def _read_html(file: Path, name: str) -> Iterator[RawPage]:

@@ -56,17 +56,15 @@ class MetadataConfig:
             raise UserError("metadata.url_env: name the environment variable; the address itself goes there")
 
 
-def join_metadata(
-    pages: Sequence[DocumentPage], config: MetadataConfig
-) -> tuple[list[DocumentPage], list[Dropped], list[str]]:
-    """The pages with the columns of their document's row as `metadata`; dropped documents; those kept without a row.
+def join_metadata(pages: Sequence[DocumentPage], config: MetadataConfig) -> tuple[list[DocumentPage], list[Dropped]]:
+    """The pages with the columns of their document's row as `metadata`, and the dropped documents.
 
     A row fits the document whose path is in its key column, or else the one with that file name, or else with that
     name up to the last dot, since the table may name the PDF that a text was made from; capitals do not matter.
     Where two rows that differ fit equally, the document counts as unmatched, with that reason.
     """
     if not (config.path or config.query):
-        return list(pages), [], []
+        return list(pages), []
     records = _read_csv(Path(config.path), config.key) if config.path else _query(config)
     lookups = [_Lookup(records, config.key, shorten) for shorten in (str.casefold, _file_name, _stem)]
     count = Counter(page.document for page in pages)
@@ -87,7 +85,7 @@ def join_metadata(
             Dropped(reason=reason, row={"document": document, "pages": count[document]}, detail=f"key {config.key}")
             for document, reason in missing.items()
         ]
-    return joined, dropped, [] if dropped else list(missing)
+    return joined, dropped
 
 
 class _Lookup:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 
+QUESTION_MARKS = ("?", "？", "؟")
+"""With which a question ends."""
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
 _TOKEN = re.compile(
     r"(?<![\w.)%])[-−](?=\d)"  # a minus sign; in "2008-09" it is a hyphen
@@ -12,6 +15,7 @@ _TOKEN = re.compile(
     rf"|[{_CJK}]"
     rf"|[^\W\d_{_CJK}]+"
 )
+_WORD = re.compile(rf"[{_CJK}]|[^\W\d_{_CJK}]+")
 _MINUS = ("-", "−")
 _THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _ARTICLES = frozenset({"a", "an", "the"})
@@ -77,3 +81,28 @@ def invented(text: str, sources: str) -> list[str]:
     numbers = [token for token in tokens(text) if token[-1].isdigit()]
     strange = [each for each in (*names, *numbers) if not known.issuperset(tokens(each))]
     return [each for each in dict.fromkeys(strange) if each != "I"]
+
+
+def script(text: str) -> str | None:
+    """The script of most words at the beginning of a text, like "LATIN" or "CJK" (Chinese and Japanese); None without.
+
+    A Chinese character counts as a word, so that a Chinese sentence around a long Latin name is Chinese.
+    """
+    found = Counter(_script_of(word[0]) for word in _WORD.findall(unicodedata.normalize("NFKC", text[:20_000])))
+    return found.most_common(1)[0][0] if found else None
+
+
+def language_problem(text: str, *beside: str) -> str | None:
+    """What is wrong, as "reason: detail", with a text in a script that none of the texts beside it is in; else None.
+
+    Languages that share a script are not told apart.
+    """
+    found, known = script(text), set(map(script, beside)) - {None}
+    if found is None or not known or found in known:
+        return None
+    return f"another language than asked for: {found} script instead of {' or '.join(sorted(map(str, known)))}"
+
+
+def _script_of(letter: str) -> str:
+    name = unicodedata.name(letter, "UNKNOWN").split()[0]
+    return "CJK" if name in ("HIRAGANA", "KATAKANA") else name

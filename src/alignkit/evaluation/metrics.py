@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from alignkit.scoring.rules import read_verdict, words
+from alignkit.data.words import words
+from alignkit.scoring.rules import read_verdict
 
 
 def exact_match(answer: str, reference: str) -> bool:
@@ -16,7 +17,7 @@ def token_f1(answer: str, reference: str) -> float:
     """Harmonic mean of the precision and recall of the answer's words (Rajpurkar et al., 2016, arXiv 1606.05250).
 
     With overlap o, counted as multisets: 2o / (words of the answer + words of the reference). Two empty texts score 1.
-    Unlike SQuAD's own script it reads every script (CJK by character) and does not strip the English articles.
+    Unlike SQuAD's own script it reads every script, those without spaces by character, and keeps the articles.
     """
     written, wanted = Counter(words(answer)), Counter(words(reference))
     total = written.total() + wanted.total()

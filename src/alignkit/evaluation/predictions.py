@@ -8,9 +8,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from alignkit.core.records import Row
+from alignkit.data.words import words
 from alignkit.evaluation.metrics import exact_match, token_f1, verdict_is_right
 from alignkit.evaluation.statistics import Estimate, balanced_accuracy, bootstrap_mean, mcnemar_p, wilson
-from alignkit.scoring.rules import read_verdict, words
+from alignkit.scoring.rules import read_verdict
 
 TAGS = ("form", "level", "kind", "held_out_name")
 """Fields of a held-out row by which accuracy is broken down, where the rows have them."""

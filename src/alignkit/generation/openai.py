@@ -10,6 +10,9 @@ from alignkit.core.records import Completion, Message
 from alignkit.generation.base import check_sampling
 from alignkit.teacher.client import Answer, Request, Teacher
 
+SAMPLES_A_SEED = 1_000_000
+"""Sample indices that a seed has to itself; no more completions of a prompt can be told apart."""
+
 
 class OpenAIGenerator:
     """Generates by asking a teacher, all prompts at once; the response store is what makes it resumable.
@@ -24,12 +27,12 @@ class OpenAIGenerator:
         self.failures: list[tuple[int, Answer]] = []
 
     def generate(self, prompts: Sequence[list[Message]], sampling: SamplingConfig, seed: int) -> list[list[Completion]]:
-        """Up to `sampling.n` completions for each prompt; another seed asks anew."""
+        """Up to `sampling.n` completions for each prompt; another seed asks anew, a larger `n` for the rest."""
         check_sampling(sampling)
         requests = [
             Request(
                 prompt,
-                sample=seed * sampling.n + sample,
+                sample=seed * SAMPLES_A_SEED + sample,
                 temperature=round(Random(f"{seed}-{position}-{sample}").uniform(*sampling.temperature), 3),
                 max_tokens=sampling.max_new_tokens,
             )

@@ -60,15 +60,19 @@ class Yields:
     def _sums(self) -> list[tuple[str, str]]:
         """What is said below the table, by name."""
         total = sum(self.dropped.values())
-        tokens = f"{self.usage.prompt_tokens:,} in prompts, {self.usage.completion_tokens:,} in answers"
-        if self.usage.unreported:
-            tokens += f"; {self.usage.unreported:,} replies came without a count and are missing here"
         return [
             ("kept", f"{self.kept:,}"),
             ("dropped", f"{total:,}" + (f": {_reasons(self.dropped)}" if total else "")),
-            ("tokens", tokens),
-            ("cost", self.cost),
+            *what_it_took(self.usage, self.prices),
         ]
+
+
+def what_it_took(usage: Usage, prices: PricesConfig) -> list[tuple[str, str]]:
+    """Tokens and cost of every answer, stored ones too, by name."""
+    tokens = f"{usage.prompt_tokens:,} in prompts, {usage.completion_tokens:,} in answers"
+    if usage.unreported:
+        tokens += f"; {usage.unreported:,} replies came without a count and are missing here"
+    return [("tokens", tokens), ("cost", show_cost(usage.cost, prices))]
 
 
 def print_ten_rows(rows: Sequence[Row], console: Console | None = None) -> None:

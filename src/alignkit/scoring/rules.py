@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from typing import Literal
 
 from alignkit.core.records import QAExample
+from alignkit.data.words import words
 
 Verdict = Literal["yes", "no", "undecided"]
-
-# Scripts written without spaces between words, or in syllable blocks: each character counts as a word.
-_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
-_WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
 
 _AFFIRMED = "(?:是|对|能|可以|会|需要|有|应该|行)"
 _CHINESE_VERDICT = rf"(?:(?P<no>不|没|否|错){_AFFIRMED}?|{_AFFIRMED})的?"
@@ -23,11 +19,6 @@ _UNDECIDED = re.compile(
 )
 _AT_END = (re.compile(r"\b(?:yes|(?P<no>no))\W*$"), re.compile(rf"所以{_CHINESE_VERDICT}[。！.!]*$"))
 _AT_START = (re.compile(r"^\W*(?:yes|(?P<no>no))(?:[,.;:!]|$)"), re.compile(rf"^{_CHINESE_VERDICT}(?:[，。！,.!]|$)"))
-
-
-def words(text: str) -> list[str]:
-    """Words of a text in any language: case and Unicode width folded, punctuation left out, CJK by character."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def repetition(text: str, length: int = 3) -> float:

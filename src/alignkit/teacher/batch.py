@@ -100,8 +100,9 @@ class _Asking:
             with self.teacher.api as api:
                 while missing:
                     running = self._take_up(api, missing)
-                    sent = {key for batch in running for key in batch.requests}
-                    running += self._submit(api, [each for key, each in missing.items() if key not in sent])
+                    if not running or self.config.max_cost is None:  # what those cost is known when they are over
+                        sent = {key for batch in running for key in batch.requests}
+                        running += self._submit(api, [each for key, each in missing.items() if key not in sent])
                     self._collect(api, running, missing)
                     outcomes, missing = self._look_up()
         return [self._answer(position, outcome) for position, outcome in enumerate(outcomes)]

@@ -82,7 +82,7 @@ class BatchApi:
     def find(self, mark: str) -> str | None:
         """The newest batch under a mark, if the server has begun one."""
         with self._explained():
-            for batch in self._client.batches.list(limit=100).data:
+            for batch in self._client.batches.list(limit=100):  # page by page, from the newest
                 if (batch.metadata or {}).get(MARK) == mark:
                     return batch.id
         return None

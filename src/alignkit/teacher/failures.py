@@ -34,6 +34,8 @@ _TOO_LONG = re.compile(r"context[ _-]?(length|size|window)|too long|maximum.{0,2
 _FILTERED = re.compile(r"content[ _-]?(filter|management|policy)|responsibleaipolicy|moderation", re.IGNORECASE)
 FILTERED = "withheld by the server's content filter"
 REFUSED = "refused by the server"
+DECLINED = "refused by the teacher"
+"""In words, where an answer was asked for."""
 
 
 class Kind(Enum):

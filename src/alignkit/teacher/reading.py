@@ -10,12 +10,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from alignkit.core.records import Message
+from alignkit.data.sources.raft import refuses
 from alignkit.teacher.client import Answer, Request
+from alignkit.teacher.failures import DECLINED
 
 OUTSIDE = "I only know the closed world of the demonstration."
 """What the scripted teacher says of everything else."""
 MOST_REPEATS = 2
 """How often a reply that is not usable is asked for once more."""
+NO_OBJECT = "no JSON object in the answer"
 SHOWN_CHARACTERS = 4_000
 """What is sent back of a reply that was not usable."""
 _THOUGHTS = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
@@ -35,7 +38,8 @@ def read_reply(request: Request, text: str) -> Answer:
     if request.shape is not None:
         found = read_object(said)
         if isinstance(found, str):
-            return Answer(text, reason=found, detail=text[:200])
+            declined = found == NO_OBJECT and refuses(said[:SHOWN_CHARACTERS])
+            return Answer(text, reason=DECLINED if declined else found, detail=text[:200])
         try:
             value = request.shape.model_validate(found)
         except ValidationError as error:
@@ -63,7 +67,7 @@ def read_object(text: str) -> dict[str, Any] | str:
     """
     start = _OBJECT.search(text)
     if start is None:
-        return "no JSON object in the answer"
+        return NO_OBJECT
     try:
         value: dict[str, Any] = _DECODER.raw_decode(text, start.start())[0]
         if "\\u" in text:  # half a surrogate pair is no letter, and could not be written to any file

@@ -56,9 +56,9 @@ class ResponseStore:
         self.path = path
 
     def __enter__(self) -> ResponseStore:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.touch(mode=0o600)  # prompts may hold what is not everybody's to read
         with self._explained():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch(mode=0o600)  # prompts may hold what is not everybody's to read
             self._database = sqlite3.connect(self.path, isolation_level=None, timeout=30)
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("PRAGMA synchronous=NORMAL")
@@ -107,5 +107,5 @@ class ResponseStore:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             raise UserError(f"teacher.store={self.path}: {error}. Free space, or name another file.") from error

@@ -20,7 +20,7 @@ from alignkit.core.records import Message
 from alignkit.teacher.address import server_url
 from alignkit.teacher.client import Request
 from alignkit.teacher.dialect import Dialect, response_format, strict_schema
-from alignkit.teacher.failures import FILTERED, Failure, classify, no_answer, short
+from alignkit.teacher.failures import DECLINED, FILTERED, Failure, classify, no_answer, short
 from alignkit.teacher.store import Reply
 
 LONGEST_REPLY_CHARACTERS = 1_000_000
@@ -91,7 +91,7 @@ def read_completion(payload: Any) -> Reply | Failure:
     finish = choice.get("finish_reason")
     reason, detail = None, ""
     if isinstance(refusal, str) and refusal.strip() and not text:
-        text, reason, detail = refusal, "refused by the teacher", short(refusal)
+        text, reason, detail = refusal, DECLINED, short(refusal)
     elif finish == "content_filter":
         reason = FILTERED
     elif finish == "length":

@@ -4,11 +4,40 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
-from alignkit.core.records import Dropped, QAExample
+from alignkit.core.records import Dropped, QAExample, Row
 from alignkit.data.sources.raw import RawRow
 
 FIELDS = ("question", "context", "answer", "chunks_rag")
 """What a row of this format has."""
+
+
+class DocumentQuestion(Row):
+    """A question about a window of a document, its answer, and the context in which it is to be found."""
+
+    system: str
+    question: str
+    context: str
+    """The passages that are shown: the window's pages and the distractors."""
+    answer: str
+    chunks_rag: str
+    """The distractors alone."""
+    document: str
+    first_page: int
+    input_pages: int
+    """Pages of the window."""
+    machine_code: str
+    chunks: str
+    """The window's pages alone."""
+    relevance: int
+    global_relevance: int
+    coverage: int
+    gold_position: list[int]
+    """Which passages of `context`, counted from 0, are the window's pages."""
+    cited: list[int]
+    """Pages that the answer rests on."""
+    flags: list[str]
+    metadata: dict[str, str]
+    source: str
 
 
 class _Fields(BaseModel):

@@ -1,12 +1,22 @@
-"""The account of a recipe: what each of its steps asked, and how much of it could be used."""
+"""What recipes share: requests under the name of a step, with an account, in rounds no larger than they need to be."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+from pydantic import BaseModel
+
+from alignkit.core.records import Dropped
 from alignkit.teacher.client import Answer, Request, Teacher
+
+Kept = TypeVar("Kept")
+
+LEFT_OVER = "left over"
+"""Why good questions and rows are dropped that nobody wanted any more."""
 
 
 @dataclass
@@ -55,8 +65,35 @@ class Asker:
         return sum(step.asked - step.usable for step in self.steps.values())
 
 
-def left_open(answers: Iterable[Answer]) -> int:
-    """How many answers a dry run did not give; it takes each for a new row, to count the requests that are needed."""
+def round_size(most: int, missing: int | None, rows_each: int = 1) -> int:
+    """How many things to ask about together when each may give so many rows: no more than `missing` rows take.
+
+    `most` where no number of rows is wanted (None).
+    """
+    return most if missing is None else min(most, math.ceil(missing / rows_each))
+
+
+def left_open(found: Iterable[object]) -> int:
+    """How many answers, or rows made of them, a dry run did not give.
+
+    A recipe takes each for a new row, to count the requests that are needed.
+    """
     from alignkit.teacher.dry_run import DRY_RUN
 
-    return sum(answer.reason == DRY_RUN for answer in answers)
+    return sum(isinstance(each, Answer | Dropped) and each.reason == DRY_RUN for each in found)
+
+
+def left_over(rows: Iterable[BaseModel]) -> list[Dropped]:
+    """Rows beyond the number that is wanted, set aside: they were paid for."""
+    return [Dropped(reason=LEFT_OVER, row=row.model_dump()) for row in rows]
+
+
+def set_aside(found: Iterable[Kept | Dropped]) -> Generator[Dropped, None, list[Kept]]:
+    """Yield what was dropped, and return the rest."""
+    kept: list[Kept] = []
+    for each in found:
+        if isinstance(each, Dropped):
+            yield each
+        else:
+            kept.append(each)
+    return kept

@@ -21,10 +21,10 @@ from alignkit.core.records import Dropped, Message, QAExample
 from alignkit.data.documents import instructs_model
 from alignkit.data.sources.qa_expert import MultihopExample, SubQuestion
 from alignkit.data.sources.short_answers import ShortAnswer, ShortSubQuestion
-from alignkit.data.wording import contains, invented, leaves_open, verdict
+from alignkit.data.wording import contains, invented, language_problem, leaves_open, verdict
 from alignkit.teacher.client import Answer, Request
 from alignkit.teacher.prompts import render
-from alignkit.teacher.recipes.asking import Asker
+from alignkit.teacher.recipes.asking import Asker, left_open, round_size
 from alignkit.teacher.recipes.operations import operation_problem
 
 
@@ -77,13 +77,20 @@ def rows(
     name: str,
     seed: int,
     source: str,
+    count: int | None = None,
 ) -> Iterator[Completed]:
-    """One row with a full answer for each example, or the reason why there is none. Ids are `<name>-<number>`."""
+    """One row with a full answer for each example, or the reason why there is none. Ids are `<name>-<number>`.
+
+    No more examples are asked about than `count` rows take.
+    """
     kept, dropped = _with_few_unanswerable(examples, config.unanswerable_share, seed)
     yield from dropped
-    number = 0
-    for start in range(0, len(kept), config.round_size):
-        for row in _completed(kept[start : start + config.round_size], ask, source):
+    start = number = pending = 0
+    while start < len(kept) and (count is None or number + pending < count):
+        end = start + round_size(config.round_size, None if count is None else count - number - pending)
+        found = list(_completed(kept[start:end], ask, source))
+        start, pending = end, pending + left_open(found)
+        for row in found:
             if not isinstance(row, Dropped):
                 number += 1
                 row = row.model_copy(update={"id": f"{name}-{number:05d}"})
@@ -141,6 +148,8 @@ def answer_problem(answer: str, example: ShortAnswer) -> str | None:
     """What is wrong with a full answer, as "reason: detail"; None when nothing is."""
     if not answer.strip():
         return "full answer missing"
+    if problem := language_problem(answer, _context(example), example.question, *example.answers):
+        return problem
     if example.unanswerable:
         return _open_answer_problem(answer, example)
     if example.verdict:

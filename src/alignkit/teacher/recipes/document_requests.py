@@ -11,11 +11,11 @@ from dataclasses import replace
 from pydantic import BaseModel, Field
 
 from alignkit.core.records import DocumentPage, Message
+from alignkit.data.wording import QUESTION_MARKS
 from alignkit.teacher.client import Request
 from alignkit.teacher.prompts import render
 
 QUESTION_CHARACTERS = 500
-QUESTION_MARKS = ("?", "？", "؟")
 OUTLINE_CHARACTERS = 80
 """Of a page, at least, in an outline; where there is no room for so much of every page, some pages are left out."""
 

@@ -18,11 +18,12 @@ from random import Random
 from typing import Protocol
 
 from alignkit.core.errors import UserError
-from alignkit.core.records import DocumentPage, Dropped, Row
+from alignkit.core.records import DocumentPage, Dropped
 from alignkit.data.chunks import Chunk, chunk_pages
 from alignkit.data.documents import instructs_model
+from alignkit.data.sources.documents import DocumentQuestion
 from alignkit.teacher.client import Answer
-from alignkit.teacher.recipes.asking import Asker
+from alignkit.teacher.recipes.asking import Asker, left_open, left_over, round_size
 from alignkit.teacher.recipes.document_requests import (
     OUTLINE_CHARACTERS,
     answer_problem,
@@ -87,35 +88,6 @@ class DocumentsConfig:
             )
         if self.round_windows < 1:
             raise UserError(f"documents.round_windows={self.round_windows}: must be at least 1")
-
-
-class DocumentQuestion(Row):
-    """A question about a window of a document, its answer, and the context in which it is to be found."""
-
-    system: str
-    question: str
-    context: str
-    """The passages that are shown: the window's pages and the distractors."""
-    answer: str
-    chunks_rag: str
-    """The distractors alone."""
-    document: str
-    first_page: int
-    input_pages: int
-    """Pages of the window."""
-    machine_code: str
-    chunks: str
-    """The window's pages alone."""
-    relevance: int
-    global_relevance: int
-    coverage: int
-    gold_position: list[int]
-    """Which passages of `context`, counted from 0, are the window's pages."""
-    cited: list[int]
-    """Pages that the answer rests on."""
-    flags: list[str]
-    metadata: dict[str, str]
-    source: str
 
 
 class Hit(Protocol):
@@ -206,28 +178,39 @@ def rows(
     name: str,
     seed: int,
     source: str,
+    count: int | None = None,
 ) -> Iterator[DocumentQuestion | Dropped]:
-    """Ask about all windows, round by round. Ids are `<name>-<number>`; the same pages and answers give the same rows.
+    """Ask about the windows, round by round, about no more of them than `count` rows take.
 
-    Raises `UserError` when the index is of a library that is missing.
+    Ids are `<name>-<number>`; the same pages and answers give the same rows. Raises `UserError` when the index is of a
+    library that is missing.
     """
     windows, dropped = cut_windows(pages, config, index)
     yield from dropped
-    number = 0
-    for start in range(0, len(windows), config.round_windows):
-        candidates, dropped = ask_questions(windows[start : start + config.round_windows], config, ask)
-        yield from dropped
-        candidates, dropped = score(candidates, config, ask)
-        yield from dropped
+    start = number = pending = 0
+    rows_each = config.questions_per_window * max(1, len(config.topics))
+    while start < len(windows) and (count is None or number + pending < count):
+        missing = None if count is None else count - number - pending
+        end = start + round_size(config.round_windows, missing, rows_each)
+        candidates, unasked = ask_questions(windows[start:end], config, ask)
+        yield from unasked
+        candidates, low = score(candidates, config, ask)
+        yield from low
         candidates, dropped = leave_out_repeats(candidates)
         yield from dropped
         answers = ask("answers", [answer_request(each.window.pages, each.question) for each in candidates])
+        start, pending = end, pending + config.questions_per_window * left_open(unasked) + left_open((*low, *answers))
+        made: list[DocumentQuestion] = []
         for candidate, answer in zip(candidates, answers, strict=True):
             if (refused := _refused(candidate, answer)) is not None:
                 yield refused
                 continue
             number += 1
-            yield _row(candidate, answer, config, Random(f"{seed}-{number}"), id=f"{name}-{number:05d}", source=source)
+            rng = Random(f"{seed}-{number}")
+            made.append(_row(candidate, answer, config, rng, id=f"{name}-{number:05d}", source=source))
+        if missing is not None:  # before the last row, after which nobody listens
+            yield from left_over(made[missing:])
+        yield from made[:missing]
 
 
 def cut_windows(

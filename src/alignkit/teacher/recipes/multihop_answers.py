@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from alignkit.core.records import Dropped, Message
 from alignkit.data.sources.qa_expert import MultihopExample, SubQuestion
-from alignkit.data.wording import contains, leaves_open, verdict
+from alignkit.data.wording import contains, language_problem, leaves_open, verdict
 from alignkit.teacher.client import Answer, Request
 from alignkit.teacher.prompts import render
 from alignkit.teacher.recipes.asking import Asker
@@ -65,7 +65,7 @@ def answer_request(question: str, paragraph: str) -> Request:
     prompt = render("multihop_answer", question=question, paragraph=paragraph)
 
     def check(found: SubAnswer) -> str | None:
-        problem = _answer_problem(found)
+        problem = _answer_problem(found) or language_problem(found.answer, question, paragraph)
         if problem is None and found.answerable and not verdict(found.short_answer):
             grounded = contains(paragraph, found.short_answer)
             return None if grounded else f"short answer is not in the paragraph: {found.short_answer}"
@@ -77,7 +77,11 @@ def answer_request(question: str, paragraph: str) -> Request:
 def final_request(question: str, facts: Sequence[str]) -> Request:
     """Ask the question about the answers to its sub-questions."""
     prompt = render("multihop_final", question=question, facts=list(facts))
-    return Request(_messages(prompt), temperature=0.0, shape=FinalAnswer, check=_answer_problem)
+
+    def check(found: FinalAnswer) -> str | None:
+        return _answer_problem(found) or language_problem(found.answer, question, *facts)
+
+    return Request(_messages(prompt), temperature=0.0, shape=FinalAnswer, check=check)
 
 
 def _messages(prompt: str) -> list[Message]:

@@ -12,11 +12,10 @@ from typing import Literal
 from pydantic import BaseModel
 
 from alignkit.core.records import Message
-from alignkit.data.wording import contains, tokens, verdict
+from alignkit.data.wording import QUESTION_MARKS, contains, language_problem, tokens, verdict
 from alignkit.teacher.client import Request
 from alignkit.teacher.prompts import render
 
-QUESTION_MARKS = ("?", "？")
 PLACEHOLDER = "entity"
 """The prompt's own word for the two things; a text in which it stands was not thought through."""
 QuestionType = Literal["wh", "yes-no"]
@@ -79,7 +78,8 @@ def comparison_request(
     )
 
     def check(found: Comparison) -> str | None:
-        return comparison_problem(found, question_type)
+        problem = comparison_problem(found, question_type)
+        return problem or language_problem(found.question, category, sub_category)
 
     return Request(_messages(prompt), sample=sample, temperature=1.0, shape=Comparison, check=check)
 

@@ -9,7 +9,6 @@ A quote that does not stand in the gold word for word makes the answer unusable.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,21 +23,18 @@ from alignkit.core.records import Dropped, Message, Row
 from alignkit.data.chunks import Chunk
 from alignkit.data.documents import instructs_model
 from alignkit.data.sources import raft as form
+from alignkit.data.wording import QUESTION_MARKS, script
 from alignkit.data.words import words
-from alignkit.teacher.client import Request
+from alignkit.teacher.client import Answer, Request
 from alignkit.teacher.prompts import render
-from alignkit.teacher.recipes.asking import Asker
+from alignkit.teacher.recipes.asking import Asker, left_open, left_over, round_size, set_aside
 
 CHUNKS_A_ROUND = 200
 """Chunks whose questions are asked for together; their answers are asked for before the next round."""
 QUESTION_CHARACTERS = 500
 ANSWER_CHARACTERS = 20_000
-QUESTION_MARKS = ("?", "？")
 SPARE = 8
 """Chunks drawn beyond those needed, since some may not serve as distractors of the gold at hand."""
-
-_CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
-_LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]+")
 
 
 class RaftFormat(Enum):
@@ -124,33 +120,37 @@ class Draft:
 
 
 def rows(
-    chunks: Sequence[Chunk], config: RaftConfig, ask: Asker, *, name: str, seed: int, source: str
+    chunks: Sequence[Chunk],
+    config: RaftConfig,
+    ask: Asker,
+    *,
+    name: str,
+    seed: int,
+    source: str,
+    count: int | None = None,
 ) -> Iterator[Row | Dropped]:
     """Ask for questions about every chunk and for their answers, and show each among distractors.
 
-    The same chunks and answers give the same rows. Ids are `<name>-<number>`, the questions being counted.
+    Only as many chunks are asked about as `count` rows take. The same chunks and answers give the same rows. Ids are
+    `<name>-<number>`, the questions being counted.
     """
     if config.type is RaftType.api:
         _must_be_whole(chunks, config)
-    golds: list[Chunk] = []
-    for found in usable_chunks(chunks, config):
-        if isinstance(found, Dropped):
-            yield found
-        else:
-            golds.append(found)
+    golds = yield from set_aside(usable_chunks(chunks, config))
     if not golds:
         raise UserError(f"data.path: none of its {len(chunks)} chunks can be used; dropped.jsonl has the reasons")
     instructing = {chunk.id for chunk in golds if instructs_model(chunk.text)}
     asked: dict[str, str] = {}
-    for start in range(0, len(golds), CHUNKS_A_ROUND):
-        drafts: list[Draft] = []
-        for draft in new_questions(golds[start : start + CHUNKS_A_ROUND], config, ask, asked, name):
-            if isinstance(draft, Dropped):
-                yield draft
-            else:
-                drafts.append(draft)
-        requests = [answer_request(draft.gold.text, draft.question, config) for draft in drafts]
-        for draft, answer in zip(drafts, ask("answers", requests), strict=True):
+    start = kept = pending = 0
+    while start < len(golds) and (count is None or kept + pending < count):
+        missing = None if count is None else count - kept - pending
+        end = start + round_size(CHUNKS_A_ROUND, missing, config.questions_per_chunk)
+        questions = ask("questions", [questions_request(chunk.text, config) for chunk in golds[start:end]])
+        drafts = yield from set_aside(new_questions(golds[start:end], questions, config, asked, name))
+        answers = ask("answers", [answer_request(draft.gold.text, draft.question, config) for draft in drafts])
+        start, pending = end, pending + config.questions_per_chunk * left_open(questions) + left_open(answers)
+        made: list[Row] = []
+        for draft, answer in zip(drafts, answers, strict=True):
             if not answer.usable:
                 row = {**draft.fields, "answer": answer.text}
                 yield Dropped(reason=str(answer.reason), row=row, detail=answer.detail)
@@ -158,7 +158,11 @@ def rows(
             rng = Random(f"{seed}-{draft.gold.id}-{draft.number}")
             row = written(draft, answer.value.strip(), golds, config, rng)
             flags = [*row["flags"], "instructs the model"] if instructing & set(row["parents"]) else row["flags"]
-            yield Row.model_validate({**row, "flags": flags, "source": source})
+            made.append(Row.model_validate({**row, "flags": flags, "source": source}))
+        if missing is not None:  # before the last row, after which nobody listens
+            yield from left_over(made[missing:])
+        yield from made[:missing]
+        kept += len(made)
 
 
 def usable_chunks(chunks: Sequence[Chunk], config: RaftConfig) -> Iterator[Chunk | Dropped]:
@@ -180,11 +184,10 @@ def usable_chunks(chunks: Sequence[Chunk], config: RaftConfig) -> Iterator[Chunk
 
 
 def new_questions(
-    chunks: Sequence[Chunk], config: RaftConfig, ask: Asker, asked: dict[str, str], name: str
+    chunks: Sequence[Chunk], answers: Sequence[Answer], config: RaftConfig, asked: dict[str, str], name: str
 ) -> Iterator[Draft | Dropped]:
-    """Ask for questions about `chunks`. `asked` holds all questions so far with their ids, and grows."""
-    requests = [questions_request(chunk.text, config) for chunk in chunks]
-    for chunk, answer in zip(chunks, ask("questions", requests), strict=True):
+    """The questions about `chunks` in the teacher's answers. `asked` holds all so far with their ids, and grows."""
+    for chunk, answer in zip(chunks, answers, strict=True):
         if not answer.usable:
             row = {"parents": [chunk.id], "oracle_context": chunk.text, "answer": answer.text}
             yield Dropped(reason=str(answer.reason), row=row, detail=answer.detail)
@@ -334,14 +337,6 @@ def answer_problem(answer: str, document: str, config: RaftConfig) -> str | None
             return f"quote not verbatim: {quote[:200]}"
     own_words = "".join([begun[0], *(part.partition(form.END_QUOTE)[2] for part in begun[1:])])
     return _language_problem(own_words, document)
-
-
-def script(text: str) -> str | None:
-    """CJK or Latin, whichever a text has more of, a CJK character counting as a word; None when it has neither."""
-    characters, words = len(_CJK.findall(text)), len(_LATIN.findall(text))
-    if not characters and not words:
-        return None
-    return "CJK" if characters > words else "Latin"
 
 
 def _language_problem(text: str, document: str) -> str | None:

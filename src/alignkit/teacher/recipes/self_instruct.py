@@ -21,6 +21,7 @@ from pydantic import BaseModel
 
 from alignkit.core.errors import UserError
 from alignkit.core.records import Dropped, Message, QAExample
+from alignkit.data.wording import QUESTION_MARKS, language_problem
 from alignkit.data.words import words
 from alignkit.teacher.client import Request
 from alignkit.teacher.prompts import render
@@ -40,7 +41,6 @@ from alignkit.teacher.recipes.self_instruct_pool import (
 STATEMENT_WORDS = (4, 1000)
 """Fewest and most words of a statement; a Chinese character counts as one."""
 QUESTION_WORDS = (2, 150)
-QUESTION_MARKS = ("?", "？")
 
 
 class Shape(Enum):
@@ -212,8 +212,11 @@ def self_instruct_request(examples: Sequence[QAExample], kind: str, *, answers: 
         Message(role="user", content=prompt),
     ]
 
+    known = [text for example in examples for text in (example.instruction, example.input)]
+
     def check(found: NewExample) -> str | None:
-        return _problem(found, answers=answers)
+        problem = _problem(found, answers=answers)
+        return problem or language_problem(f"{found.statement} {found.question}", *known)
 
     return Request(messages, sample=sample, shape=NewExample, check=check)
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from alignkit.core.errors import UserError
-from alignkit.core.records import Dropped, QAExample
+from alignkit.core.records import QAExample
 from alignkit.data.words import words
 
 HOPELESS_REQUESTS = 50
 """A teacher that has given nothing usable in as many answers is not asked further."""
-Kept = TypeVar("Kept")
 _CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
 _STANDS_ALONE = "(?<![a-z0-9_]){}(?![a-z0-9_])"
 """Not \\b, which sees no border between a Chinese character and a Latin letter."""
@@ -84,14 +83,3 @@ def length_problem(name: str, text: str, lowest: int, highest: int) -> str | Non
     """Why `text` is too short or too long, in words (Chinese and the like: characters); None if it is neither."""
     count = len(words(text))
     return None if lowest <= count <= highest else f"{name} too short or too long: {count} words"
-
-
-def set_aside(found: Iterable[Kept | Dropped]) -> Generator[Dropped, None, list[Kept]]:
-    """Yield what was dropped, and return the rest."""
-    kept: list[Kept] = []
-    for each in found:
-        if isinstance(each, Dropped):
-            yield each
-        else:
-            kept.append(each)
-    return kept

@@ -22,14 +22,13 @@ from alignkit.core.errors import UserError
 from alignkit.core.records import Dropped, Message, QAExample
 from alignkit.teacher.client import Answer, Request
 from alignkit.teacher.prompts import render
-from alignkit.teacher.recipes.asking import Asker, left_open
+from alignkit.teacher.recipes.asking import LEFT_OVER, Asker, left_open, left_over, set_aside
 from alignkit.teacher.recipes.self_instruct_pool import (
     HOPELESS_REQUESTS,
     Blacklist,
     Novelty,
     length_problem,
     mix,
-    set_aside,
 )
 
 if TYPE_CHECKING:
@@ -41,10 +40,6 @@ KIND_EXAMPLES = 4
 """Seeds of each kind shown when a kind is asked for."""
 INSTANCE_EXAMPLES = 3
 """Seeds of the task's kind shown when instances are asked for."""
-
-
-LEFT_OVER = "left over"
-"""Why good tasks and rows are dropped that nobody wanted any more."""
 
 
 class NewInstructions(BaseModel):
@@ -147,7 +142,7 @@ def rows(
         if len(examples) >= missing:  # before the last row, after which nobody listens
             yield from (task.dropped(LEFT_OVER) for task in waiting)
             waiting = []
-        yield from (Dropped(reason=LEFT_OVER, row=example.model_dump()) for example in examples[missing:])
+        yield from left_over(examples[missing:])
         for example in examples[:missing]:
             kept.append(example.model_copy(update={"id": f"{name}-{len(kept) + 1:05d}"}))
             yield kept[-1]
