@@ -14,14 +14,17 @@ import pytest
 
 from alignkit import expand
 from alignkit.core.app import load_config
-from alignkit.core.config import RowsConfig
+from alignkit.core.artifact import Artifact
+from alignkit.core.config import PricesConfig, RowsConfig
 from alignkit.core.errors import UserError
 from alignkit.core.records import Dropped, Row
 from alignkit.data.closed_world import RELATIONS, UNANSWERABLE, lexicon, read_statement
-from alignkit.data.sources import read_comparables, read_questions
+from alignkit.data.sources import qa_expert, read_comparables, read_questions
 from alignkit.data.sources.categories import Category
 from alignkit.data.sources.qa_expert import MultihopExample
+from alignkit.data.sources.raw import RawRow
 from alignkit.expand import ExpandConfig
+from alignkit.reporting.yields import Yields
 from alignkit.teacher.client import Answer, OnAnswer, Request, Usage
 from alignkit.teacher.reading import read_reply
 from alignkit.teacher.recipes import multihop
@@ -482,3 +485,27 @@ def configured(overrides: list[str]) -> ExpandConfig:
     config = load_config("expand", overrides)
     assert isinstance(config, ExpandConfig)
     return config
+
+
+def test_records_are_written_with_their_nulls(tmp_path: Path) -> None:
+    """A record that had no short answer has `answer: null` in the output, too, as QA-Expert's readers expect."""
+    record = {
+        "question": "Where is it?",
+        "multihop": False,
+        "answer": None,
+        "final_answer": "Summary: unknown.",
+        "sub_questions": [
+            {"question": "Where is it?", "answer": None, "paragraph": "Nothing is said.", "long_answer": "x"}
+        ],
+    }
+    example = qa_expert.read_record(RawRow("file:1", "row-1", record))
+    assert isinstance(example, MultihopExample)
+    written = qa_expert.record(example)
+    assert written["answer"] is None and written["sub_questions"][0]["answer"] is None
+    config = load_config("expand", ["recipe=multihop", "count=1", f"output_dir={tmp_path}"])
+    artifact = Artifact.open("expand", config)
+    with artifact:
+        account = Yields({}, 1, {}, Usage(), PricesConfig())
+        expand.write(artifact, config, Asker(ScriptedTeacher()), [example], account)
+    (line,) = (tmp_path / "expanded.jsonl").read_text().splitlines()
+    assert json.loads(line)["answer"] is None

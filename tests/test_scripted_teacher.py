@@ -22,8 +22,8 @@ from alignkit.data.closed_world import (
 from alignkit.teacher.client import Request
 from alignkit.teacher.recipes.judge import judge_request
 from alignkit.teacher.recipes.self_instruct import self_instruct_request
-from alignkit.teacher.rubric import Grade, grade
 from alignkit.teacher.scripted import OUTSIDE, ScriptedTeacher
+from alignkit.teacher.scripted.rubric import Grade, grade
 
 # Anna lives in X and was born in Z, Bela lives in Y; nothing is said about where Anna works; W is in no sentence.
 ANNA, BELA = lexicon()["person"][:2]

@@ -187,10 +187,12 @@ def account(artifact: Artifact, config: ExpandConfig, ask: Asker, rows: list[Row
 
 def write(artifact: Artifact, config: ExpandConfig, ask: Asker, rows: list[Row], yields: Yields) -> None:
     """Write the rows and the datasheet, and show ten rows. Fails when too many requests were in vain."""
+    from alignkit.data.sources import qa_expert
     from alignkit.reporting.datasheet import write_datasheet
     from alignkit.reporting.yields import print_ten_rows
 
-    artifact.write_rows("expanded.jsonl", rows)
+    as_records = [qa_expert.record(row) if isinstance(row, qa_expert.MultihopExample) else row for row in rows]
+    artifact.write_rows("expanded.jsonl", as_records)  # QA-Expert's records keep their nulls
     write_datasheet(artifact, "expanded.jsonl", rows, yields, recipe=config.recipe.name, teacher=config.teacher)
     print_ten_rows(rows)
     LOG.info("%s", yields.text().rstrip())

@@ -9,9 +9,9 @@ from typing import Any
 from alignkit.core.records import Message
 from alignkit.data.closed_world import Fact, Question, World
 from alignkit.teacher.reading import OUTSIDE
-from alignkit.teacher.rubric import grade
 from alignkit.teacher.scripted.answering import read_task
 from alignkit.teacher.scripted.json_lines import read_json
+from alignkit.teacher.scripted.rubric import grade
 
 
 def reply(messages: Sequence[Message], world: World, mistake_rate: float) -> str | None:
