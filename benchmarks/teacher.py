@@ -1,5 +1,6 @@
 """The teacher's client against a loopback server that fails on purpose: how fast, and whether an answer is ever lost.
 
+    python benchmarks/teacher.py                 # both
     python benchmarks/teacher.py faults          # 5,000 requests, 64 at once, through every common fault
     python benchmarks/teacher.py kills           # 2,000 requests, the client killed 50 times on the way
 
@@ -52,6 +53,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from faulty_server import Fault, Faults, ServerApart, server_apart
 
+FAULTS_REQUESTS, KILLS_REQUESTS, CONCURRENCY, KILLS = 5000, 2000, 64, 50
 LATENCY_SECONDS, DEADLINE_SECONDS = 0.05, 2.0
 SHARES = {Fault.rate_limited: 0.1, Fault.broken: 0.05, Fault.hang: 0.01, Fault.malformed: 0.02}
 TASK = " " + "Read the page of the manual below, and write one question about it as a JSON object. " * 12
@@ -282,13 +284,13 @@ def kills(count: int, concurrency: int, times: int) -> bool:
 def main() -> int:
     """Run what is asked for; 1 when an answer was lost, doubled, or paid for too often."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, count in (("faults", 5000), ("kills", 2000)):
+    commands = parser.add_subparsers(dest="command")
+    for name, count in (("faults", FAULTS_REQUESTS), ("kills", KILLS_REQUESTS)):
         command = commands.add_parser(name)
         command.add_argument("--requests", type=int, default=count)
-        command.add_argument("--concurrency", type=int, default=64)
+        command.add_argument("--concurrency", type=int, default=CONCURRENCY)
         if name == "kills":
-            command.add_argument("--kills", type=int, default=50)
+            command.add_argument("--kills", type=int, default=KILLS)
     process = commands.add_parser("client")
     process.add_argument("told", nargs=5)
     chosen = parser.parse_args()
@@ -297,6 +299,9 @@ def main() -> int:
         base_url, store, output, count, concurrency = chosen.told
         client(base_url, Files(Path(store), Path(output)), int(count), int(concurrency))
         return 0
+    if chosen.command is None:
+        unharmed = faults(FAULTS_REQUESTS, CONCURRENCY)
+        return 0 if kills(KILLS_REQUESTS, CONCURRENCY, KILLS) and unharmed else 1
     if chosen.command == "faults":
         return 0 if faults(chosen.requests, chosen.concurrency) else 1
     return 0 if kills(chosen.requests, chosen.concurrency, chosen.kills) else 1
