@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from alignkit.data.closed_world import World, answer
+from alignkit.data.closed_world import UNANSWERABLE, World, answer
 
 GATE = {"value": 0.90, "verdict (balanced)": 0.85, "check (balanced)": 0.85}
 FORMS = ("value", "yes", "no", "unanswerable")
@@ -54,6 +54,7 @@ def measure(model: Any, tokenizer: Any, count: int = 800) -> dict[str, float]:
     chats: list[str] = []
     checks: list[str] = []
     answers: list[str] = []
+    plain: list[int] = []
     for index in range(count):
         world.hard_share = float(index % 4 == 3)
         passage = world.passage(3)
@@ -64,6 +65,8 @@ def measure(model: Any, tokenizer: Any, count: int = 800) -> dict[str, float]:
         chats.append(f"<|im_start|>user\n{passage.statement}\n\n{question.text}<|im_end|>\n<|im_start|>assistant\n")
         checks.append(f"{prompts[-1]} {shown}\nVerdict:")
         answers.append(right)
+        if question.proposed is None and shown not in (right, UNANSWERABLE) and right != UNANSWERABLE:
+            plain.append(index)
     hits = [a == b for a, b in zip(generate(model, tokenizer, prompts), answers, strict=True)]
     chat_hits = [a == b for a, b in zip(generate(model, tokenizer, chats), answers, strict=True)]
     judged = says_right(model, tokenizer, checks)
@@ -81,6 +84,7 @@ def measure(model: Any, tokenizer: Any, count: int = 800) -> dict[str, float]:
         "chat format": share(chat_hits),
         "right answers called right": on_right,
         "wrong answers called wrong": on_wrong,
+        "wrong facts in plain answers": share(not judged[i] for i in plain),
         "verdict (balanced)": round((shares["yes"] + shares["no"]) / 2, 3),
         "check (balanced)": round((on_right + on_wrong) / 2, 3),
     }
