@@ -343,3 +343,8 @@ def test_rows_that_are_no_rows_are_passed_over() -> None:
         assert batch_api.read_row(line) is None
     row = batch_api.read_row(json.dumps({"custom_id": "k", "response": None, "error": None}).encode())
     assert row is not None and row[0] == "k" and "no response" in str(row[1])
+
+
+def test_limits_that_a_batch_cannot_keep_are_refused(config: TeacherConfig) -> None:
+    with pytest.raises(UserError, match="tokens_per_minute: has no effect"):
+        BatchTeacher(replace(config, tokens_per_minute=1000.0))

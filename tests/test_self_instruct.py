@@ -477,3 +477,12 @@ def test_the_175_seed_tasks_as_seeds() -> None:
     kinds = next(request for request in teacher.asked if '{"classification"' in prompt_of(request))
     shown = [json.loads(line) for line in prompt_of(kinds).split("\n") if line.startswith('{"')]
     assert Counter(each.get("classification") for each in shown) == {True: 4, False: 4, None: 1}
+
+
+def test_a_task_in_a_script_that_no_shown_seed_has_is_dropped() -> None:
+    english = [seed for seed in SEEDS if seed.instruction.isascii()]
+    new = [["Напиши короткое стихотворение о море.", "Name three rivers of a country."]]
+    teacher = by_step(new, lambda instruction: False, lambda instruction: [{"input": "", "output": "something"}])
+    rows, dropped, _ = follow(teacher, english, 20, shape=Shape.task, max_requests=1)
+    assert [row.instruction for row in rows] == [new[0][1]]
+    assert [each.reason for each in dropped] == ["another language than asked for"]

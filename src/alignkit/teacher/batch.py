@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from alignkit.core.config import Structured, TeacherConfig
+from alignkit.core.errors import UserError
 from alignkit.teacher.address import server_host
 from alignkit.teacher.batch_api import BatchApi
 from alignkit.teacher.batch_book import BatchBook, BookedBatch
@@ -55,6 +56,9 @@ class BatchTeacher:
 
     def __init__(self, config: TeacherConfig, *, poll_seconds: float = 5.0) -> None:
         check_config(config)
+        for key in ("requests_per_minute", "tokens_per_minute"):
+            if getattr(config, key) is not None:
+                raise UserError(f"teacher.{key}: has no effect with teacher.mode=batch; leave it out")
         self.config = config
         self.api = BatchApi(config, poll_seconds)
         self.ledger = Ledger(config)

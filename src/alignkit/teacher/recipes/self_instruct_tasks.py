@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field
 
 from alignkit.core.errors import UserError
 from alignkit.core.records import Dropped, Message, QAExample
+from alignkit.data.wording import language_problem
 from alignkit.teacher.client import Answer, Request
 from alignkit.teacher.prompts import render
 from alignkit.teacher.recipes.asking import LEFT_OVER, Asker, left_open, left_over, set_aside
@@ -86,6 +87,7 @@ class Draft:
 
     id: str
     parents: list[str]
+    shown: list[str]
     request: Request
 
 
@@ -180,7 +182,7 @@ def _draw(
     shown, parents = mix(seeds, accepted, config.seeds_per_prompt, config.machine_per_prompt, rng)
     instructions = [example.instruction for example in shown]
     request = instructions_request(instructions, config.instructions_per_request, sample=number)
-    return Draft(f"{name}-request-{number}", parents, request)
+    return Draft(f"{name}-request-{number}", parents, instructions, request)
 
 
 def _new_tasks(
@@ -194,7 +196,7 @@ def _new_tasks(
             continue
         for number, instruction in enumerate(answer.value.instructions, start=1):
             task = Task(f"{draft.id}-{number}", instruction.strip(), draft.parents)
-            if problem := _problem(task.instruction, pool, blacklist):
+            if problem := _problem(task.instruction, draft.shown, pool, blacklist):
                 reason, _, detail = problem.partition(": ")
                 yield task.dropped(reason, detail)
                 continue
@@ -202,12 +204,14 @@ def _new_tasks(
             yield task
 
 
-def _problem(instruction: str, pool: Novelty, blacklist: Blacklist) -> str | None:
-    """What is wrong with an instruction, as "reason: detail"; None when nothing is."""
+def _problem(instruction: str, shown: Sequence[str], pool: Novelty, blacklist: Blacklist) -> str | None:
+    """What is wrong with an instruction made after those `shown`, as "reason: detail"; None when nothing is."""
     if problem := length_problem("instruction", instruction, *INSTRUCTION_WORDS):
         return problem
     if not instruction[0].isalnum():
         return f"instruction begins with a sign: {instruction[0]}"
+    if problem := language_problem(instruction, *shown):
+        return problem
     if forbidden := blacklist.find(instruction):
         return f"word of the blacklist: {', '.join(sorted(forbidden))}"
     if match := pool.most_similar(instruction):
