@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from alignkit.teacher.server import TeacherServer
 
 # One thread each: the runs are parallel already, and torch on more threads than idle cores is many times slower.
 for threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -33,3 +38,14 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "console.txt").write_text(done.stdout, encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def server() -> Iterator[TeacherServer]:
+    """The scripted teacher, served on loopback."""
+    from served import serving
+
+    from alignkit.teacher.scripted import ScriptedTeacher
+
+    with serving(ScriptedTeacher()) as served:
+        yield served

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -57,16 +56,6 @@ class Rows:
         reply = text.get(said, '{"number": 7}' if "response_format" in body else f"reply to {said} {CANARY}")
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}
         return 200, {"choices": [choice], "model": "m", "usage": {"prompt_tokens": 5, "completion_tokens": 3}}
-
-
-@pytest.fixture
-def server() -> Iterator[TeacherServer]:
-    with TeacherServer(ScriptedTeacher()) as serving:
-        thread = threading.Thread(target=serving.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        yield serving
-        serving.shutdown()
-        thread.join()
 
 
 @pytest.fixture

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from served import serving
 
 from alignkit import expand
 from alignkit.core.app import load_config
@@ -32,7 +31,6 @@ from alignkit.teacher.recipes.asking import Asker
 from alignkit.teacher.recipes.complete_answers import CompleteAnswersConfig, full_answer_request
 from alignkit.teacher.recipes.operations import calculate, operation_problem
 from alignkit.teacher.scripted import ScriptedTeacher
-from alignkit.teacher.server import TeacherServer
 
 ROOT = Path(__file__).resolve().parents[1]
 CLOSED_WORLD = ROOT / "dataset_optimization" / "closed_world"
@@ -396,16 +394,6 @@ def test_real_questions_of_hotpotqa() -> None:
     assert sum(isinstance(row, QAExample) and row.kind == "judgmental" for row in rows) == sum(
         bool(example.verdict) for example in examples
     )
-
-
-@contextmanager
-def serving(teacher: ScriptedTeacher) -> Iterator[TeacherServer]:
-    with TeacherServer(teacher) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
 
 
 def test_in_process_and_over_loopback_the_stage_writes_the_same_rows(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import runpy
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -361,16 +360,6 @@ def test_mistaken_questions_are_dropped_for_what_they_are() -> None:
 def test_outside_its_world_the_scripted_teacher_says_so() -> None:
     found, dropped = made(ScriptedTeacher(), document(4))
     assert not found and reasons(dropped) == {"the scripted teacher knows only the closed world": 2}
-
-
-@pytest.fixture
-def server() -> Iterator[TeacherServer]:
-    with TeacherServer(ScriptedTeacher()) as serving:
-        thread = threading.Thread(target=serving.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        yield serving
-        serving.shutdown()
-        thread.join()
 
 
 def test_over_loopback_the_rows_are_the_same_and_nothing_is_asked_twice(server: TeacherServer, tmp_path: Path) -> None:

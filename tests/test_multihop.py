@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from served import serving
 
 from alignkit import expand
 from alignkit.core.app import load_config
@@ -33,7 +32,6 @@ from alignkit.teacher.recipes.multihop import HOPELESS_REQUESTS, MultihopConfig
 from alignkit.teacher.recipes.multihop_comparison import Comparison, comparison_problem, comparison_request
 from alignkit.teacher.scripted import ScriptedTeacher
 from alignkit.teacher.scripted.comparisons import Form, TwoFactQuestion, conclude, number, read_two_fact_question
-from alignkit.teacher.server import TeacherServer
 
 QA_EXPERT = Path(__file__).resolve().parents[2] / "shared" / "data" / "qa-expert" / "test_cases.json"
 FORMS: tuple[Form, ...] = ("higher", "same", "both", "difference")
@@ -451,16 +449,6 @@ def test_numbers_in_words() -> None:
 
 
 # -- the stage ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def serving(teacher: ScriptedTeacher) -> Iterator[TeacherServer]:
-    with TeacherServer(teacher) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
 
 
 def test_the_stage_in_process_and_over_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,18 +10,7 @@ import openai
 import pytest
 
 from alignkit.data.closed_world import World
-from alignkit.teacher.scripted import ScriptedTeacher
 from alignkit.teacher.server import Refused, TeacherServer, read_upload
-
-
-@pytest.fixture
-def server() -> Iterator[TeacherServer]:
-    with TeacherServer(ScriptedTeacher()) as serving:
-        thread = threading.Thread(target=serving.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        yield serving
-        serving.shutdown()
-        thread.join()
 
 
 @pytest.fixture

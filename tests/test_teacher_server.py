@@ -6,10 +6,8 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +22,6 @@ from alignkit.teacher import server as teacher_server
 from alignkit.teacher.client import Request, open_teacher
 from alignkit.teacher.scripted import ScriptedTeacher
 from alignkit.teacher.server import LARGEST_BODY_BYTES, TeacherServer
-
-
-@pytest.fixture
-def server() -> Iterator[TeacherServer]:
-    with TeacherServer(ScriptedTeacher()) as serving:
-        thread = threading.Thread(target=serving.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        yield serving
-        serving.shutdown()
-        thread.join()
 
 
 def questions(count: int) -> list[Request]:
