@@ -212,6 +212,16 @@ def test_in_a_hard_passage_two_entities_share_a_relation() -> None:
     assert not any(passage.hard for _, passage, _ in draws(11, "train", 300, hard_share=0.0))
 
 
+@pytest.mark.parametrize(("entities", "shared", "facts"), [(3, 1, 3), (4, 1, 4), (2, 2, 4), (3, 2, 6)])
+def test_shared_relations_are_stated_of_every_entity(entities: int, shared: int, facts: int) -> None:
+    world = World(13)
+    for _ in range(100):
+        passage = world.passage(facts, entities=entities, shared=shared)
+        stated = Counter(fact.relation.noun for fact in passage.facts)
+        assert list(stated.values()) == [entities] * shared
+        assert len(passage.entities) == entities == len({fact.entity for fact in passage.facts})
+
+
 def test_the_lexicon_holds_each_word_once() -> None:
     words = [word for group in lexicon().values() for word in group]
     assert len(words) == len(set(words))

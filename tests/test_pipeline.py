@@ -33,13 +33,13 @@ def test_a_step_needs_the_steps_whose_files_it_reads() -> None:
     assert found["demo/expand"] == set()
     assert found["demo/sft"] == {"demo/select"}
     assert found["demo/reward"] == {"demo/judge", "demo/sft"}
-    assert found["demo/dpo"] == {"demo/version_pairs", "demo/sft_best"}
+    assert found["demo/dpo"] == {"demo/preference_pairs", "demo/sft_best"}
 
 
 def test_replicates_read_their_own_files_and_the_report_waits_for_all() -> None:
     found = needs("pipeline=demo", "run=r", "seed=3", "replicates=[5]")
     assert found["r-seed5/sft"] == {"r-seed5/select"}
-    assert found["r-seed5/version_pairs"] == {f"r-seed5/{name}" for name in ("questions", "sft", "sft_best", "reward")}
+    assert found["r-seed5/preference_pairs"] == {f"r-seed5/{name}" for name in ("questions", "sft_best", "reward")}
     assert "r-seed5/report" not in found
     assert found["r/report"] == set(found) - {"r/report"}
     seeds = {

@@ -81,25 +81,31 @@ class World:
         words = lexicon()[kind]
         return words if self.split == "held_out" else [word for word in words if word not in held_out_names()]
 
-    def passage(self, facts: int = 3) -> Passage:
-        """A statement of `facts` facts about one entity, or, in a hard passage, about two that share relations."""
+    def passage(self, facts: int = 3, entities: int | None = None, shared: int = 1) -> Passage:
+        """A statement of `facts` facts about one entity, or, in a hard passage, about several that share relations.
+
+        `entities` says how many; by default two in a share `hard_share` of the passages. The first `shared` relations
+        are stated of every entity, so that the name alone decides.
+        """
         rng = self.rng
         subject = rng.choice(SUBJECTS)
         relations = [relation for relation in RELATIONS if relation.subject == subject]
-        entities = tuple(rng.sample(lexicon()[subject], 2 if rng.random() < self.hard_share else 1))
-        if len(entities) == 2:  # the first relation is stated of both, so that the name alone decides
-            first, *rest = rng.sample(relations, len(relations))
-            slots = [(entity, first) for entity in entities] + [(rng.choice(entities), relation) for relation in rest]
+        count = entities or (2 if rng.random() < self.hard_share else 1)
+        named = tuple(rng.sample(lexicon()[subject], count))
+        if count == 1:
+            slots = [(named[0], relation) for relation in rng.sample(relations, len(relations))]
         else:
-            slots = [(entities[0], relation) for relation in rng.sample(relations, len(relations))]
+            drawn_relations = rng.sample(relations, len(relations))
+            slots = [(entity, relation) for relation in drawn_relations[:shared] for entity in named]
+            slots += [(rng.choice(named), relation) for relation in drawn_relations[shared:]]
         drawn: list[Fact] = []
         for entity, relation in slots[:facts]:
-            taken = {fact.value for fact in drawn} | set(entities)
+            taken = {fact.value for fact in drawn} | set(named)
             value = rng.choice([word for word in self.values(relation.value) if word not in taken])
             drawn.append(Fact(entity, relation, value))
         rng.shuffle(drawn)
         sentences = [rng.choice(fact.relation.sentences).format(e=fact.entity, v=fact.value) for fact in drawn]
-        return Passage("Notes: " + " ".join(sentences), tuple(drawn), entities)
+        return Passage("Notes: " + " ".join(sentences), tuple(drawn), named)
 
     def wrong_value(self, passage: Passage, fact: Fact) -> str:
         """A value that `fact` does not have, more often than not another one of the same passage."""

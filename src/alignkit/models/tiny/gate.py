@@ -2,8 +2,9 @@
 
 Answers are generated greedily in the format of the base text, on unseen passages with held-out names, a quarter of
 them hard, as everywhere in the demo. The gate asks for values right in 90 %, for verdicts right in 85 % (balanced over
-yes and no), and for right and wrong answers told apart in 85 % (balanced). The chat format is reported, not gated:
-there the base is meant to be mediocre.
+yes and no), and for right and wrong answers told apart in 85 % (balanced): the base writes what it holds for the right
+answer, and whether the given one is right. Reported, not gated: telling them apart in one word at the end of the turn,
+where the reward model reads, and answering in the chat format, where the base is meant to be mediocre.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ GATE_SEED = 21
 
 @torch.no_grad()
 def generate(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
-    """Greedy continuations up to the end of the line or turn."""
+    """Greedy continuations up to the end of the line or turn, 24 tokens at most."""
     texts: list[str] = []
     for start in range(0, len(prompts), 100):
         batch = tokenizer(prompts[start : start + 100], padding=True, padding_side="left", return_tensors="pt")
@@ -63,28 +64,37 @@ def measure(model: Any, tokenizer: Any, count: int = 800) -> dict[str, float]:
         shown = right if index // 16 % 2 else world.corrupt(passage, question)
         prompts.append(f"{passage.statement}\nQuestion: {question.text}\nAnswer:")
         chats.append(f"<|im_start|>user\n{passage.statement}\n\n{question.text}<|im_end|>\n<|im_start|>assistant\n")
-        checks.append(f"{prompts[-1]} {shown}\nVerdict:")
+        checks.append(f"{prompts[-1]} {shown}")
         answers.append(right)
         if question.proposed is None and shown not in (right, UNANSWERABLE) and right != UNANSWERABLE:
             plain.append(index)
     hits = [a == b for a, b in zip(generate(model, tokenizer, prompts), answers, strict=True)]
     chat_hits = [a == b for a, b in zip(generate(model, tokenizer, chats), answers, strict=True)]
-    judged = says_right(model, tokenizer, checks)
+    verdicts = [
+        text.rpartition(" ")[2] for text in generate(model, tokenizer, [f"{each}\nVerdict:" for each in checks])
+    ]
+    at_turn = says_right(model, tokenizer, [f"{each}<|im_end|>" for each in checks])
+    fair = [bool(i // 16 % 2) for i in range(count)]
 
     def share(found: Iterable[bool]) -> float:
         values = list(found)
         return round(sum(values) / len(values), 3)
 
     shares = {form: share(hit for i, hit in enumerate(hits) if FORMS[i // 4 % 4] == form) for form in FORMS}
-    on_right = share(said for i, said in enumerate(judged) if i // 16 % 2)
-    on_wrong = share(not said for i, said in enumerate(judged) if not i // 16 % 2)
+    on_right = share(said == "right" for said, right in zip(verdicts, fair, strict=True) if right)
+    on_wrong = share(said == "wrong" for said, right in zip(verdicts, fair, strict=True) if not right)
+    one_word = [
+        share(said == right for said, right in zip(at_turn, fair, strict=True) if right is wanted)
+        for wanted in (True, False)
+    ]
     return shares | {
         "easy passages": share(hit for i, hit in enumerate(hits) if i % 4 != 3),
         "hard passages": share(hit for i, hit in enumerate(hits) if i % 4 == 3),
         "chat format": share(chat_hits),
         "right answers called right": on_right,
         "wrong answers called wrong": on_wrong,
-        "wrong facts in plain answers": share(not judged[i] for i in plain),
+        "wrong facts in plain answers": share(verdicts[i] == "wrong" for i in plain),
+        "in one word (balanced)": round(sum(one_word) / 2, 3),
         "verdict (balanced)": round((shares["yes"] + shares["no"]) / 2, 3),
         "check (balanced)": round((on_right + on_wrong) / 2, 3),
     }

@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from alignkit.data.closed_world import World, answer
-from alignkit.models.tiny.base_text import Document, documents
+from alignkit.models.tiny.base_text import Document, documents, drilled_documents
 from alignkit.models.tiny.tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
@@ -46,6 +46,32 @@ class Recipe:
     hard_share: float = 0.8
     """... and then this share, because telling two entities apart is learnt last."""
     check_share: float = 0.6
+    reasoned_steps: int = 1200
+    """A second cycle, in which verdicts on a line of their own give the right answer first."""
+    reasoned_decay_steps: int = 800
+    reasoned_hard_share: float = 0.3
+    drilled_steps: int = 800
+    """A third cycle: first with many drills, ..."""
+    recited_steps: int = 800
+    """... then with many recitals."""
+    recited_decay_steps: int = 400
+    recited_hard_share: float = 0.5
+
+    @property
+    def cycles(self) -> tuple[tuple[int, int], ...]:
+        """The step at which each cycle ends, and over how many steps its rate decays before."""
+        reasoned = self.steps + self.reasoned_steps
+        recited = reasoned + self.drilled_steps + self.recited_steps
+        return (
+            (self.steps, self.decay_steps),
+            (reasoned, self.reasoned_decay_steps),
+            (recited, self.recited_decay_steps),
+        )
+
+    @property
+    def all_steps(self) -> int:
+        """Steps of all cycles."""
+        return self.cycles[-1][0]
 
 
 SCALED = Recipe(layers=12, hidden=256, steps=20_000, easy_steps=2000, mixed_steps=8000, decay_steps=6000)
@@ -73,36 +99,53 @@ def build_model(recipe: Recipe, tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
 
 
 def learning_rate_factor(step: int, recipe: Recipe) -> float:
-    """Warm-up, plateau, linear decay to zero (the trapezoid of WSD schedules)."""
-    warm = min(1.0, (step + 1) / recipe.warmup)
-    return warm * min(1.0, (recipe.steps - step) / recipe.decay_steps)
+    """In each cycle warm-up, plateau, linear decay to zero (the trapezoid of WSD schedules)."""
+    begin = 0
+    for end, decay in recipe.cycles:
+        if step < end:
+            return min(1.0, (step - begin + 1) / recipe.warmup) * min(1.0, (end - step) / decay)
+        begin = end
+    return 0.0
 
 
-def collate(batch: list[Document], tokenizer: Qwen2Tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(document: Document, tokenizer: Qwen2Tokenizer) -> list[tuple[list[int], float]]:
+    """The token ids of a document's pieces, each piece with the loss weight of its tokens."""
+    encoded = tokenizer([text for text, _ in document.pieces])["input_ids"]
+    return [(ids, weight) for ids, (_, weight) in zip(encoded, document.pieces, strict=True)]
+
+
+def collate(batch: list[list[tuple[list[int], float]]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids `[documents, tokens]` and loss weights of the same shape; padding weighs nothing."""
-    rows: list[tuple[list[int], list[float]]] = []
-    for document in batch:
-        ids: list[int] = []
-        weights: list[float] = []
-        encoded = tokenizer([text for text, _ in document.pieces])["input_ids"]
-        for piece, (_, weight) in zip(encoded, document.pieces, strict=True):
-            ids += piece
-            weights += [weight] * len(piece)
-        rows.append((ids, weights))
-    longest = max(len(ids) for ids, _ in rows)
-    pad = tokenizer.pad_token_id
-    tokens = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows])
-    return tokens, torch.tensor([weights + [0.0] * (longest - len(weights)) for _, weights in rows])
+    rows = [[(id, weight) for ids, weight in pieces for id in ids] for pieces in batch]
+    longest = max(map(len, rows))
+    padded = [row + [(pad, 0.0)] * (longest - len(row)) for row in rows]
+    return torch.tensor([[id for id, _ in row] for row in padded]), torch.tensor(
+        [[w for _, w in row] for row in padded]
+    )
 
 
 def training_documents(recipe: Recipe, start: int) -> Iterator[list[Document]]:
-    """Batches from step `start` on, along the recipe's curriculum of ever harder passages."""
-    for step in range(start, recipe.steps):
-        easy, mixed = step < recipe.easy_steps, step < recipe.mixed_steps
-        hard_share = 0.1 if easy else recipe.mixed_hard_share if mixed else recipe.hard_share
-        world = World(recipe.seed * 1_000_000 + step, hard_share=hard_share)
-        stream = documents(world, facts=(2,) if easy else (2, 3, 3), check_share=recipe.check_share)
+    """Batches from step `start` on, along the recipe's curriculum."""
+    for step in range(start, recipe.all_steps):
+        world = World(recipe.seed * 1_000_000 + step)
+        stream = _stream(recipe, step, world)
         yield [next(stream) for _ in range(recipe.batch_documents)]
+
+
+def _stream(recipe: Recipe, step: int, world: World) -> Iterator[Document]:
+    """What the documents of a step are."""
+    reasoned, drilled = recipe.steps, recipe.cycles[1][0]
+    easy, mixed = step < recipe.easy_steps, step < recipe.mixed_steps
+    if step >= drilled:
+        world.hard_share = recipe.recited_hard_share
+        drills, recitals = (0.45, 0.15) if step < drilled + recipe.drilled_steps else (0.15, 0.5)
+        shares = {"drills": drills, "recitals": recitals, "check_share": recipe.check_share}
+        return drilled_documents(world, facts=(2, 3, 3), **shares)
+    world.hard_share = 0.1 if easy else recipe.mixed_hard_share if mixed else recipe.hard_share
+    if step >= reasoned:
+        world.hard_share = recipe.reasoned_hard_share
+    facts = (2,) if easy else (2, 3, 3)
+    return documents(world, facts=facts, check_share=recipe.check_share, reasoned=step >= reasoned)
 
 
 @torch.no_grad()
@@ -130,7 +173,7 @@ def ability(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, seed: int = 7, c
         shown = right if fair else world.corrupt(passage, question)
         asked = f"{passage.statement}\nQuestion: {question.text}\nAnswer: {shown}"
         name = f"{'right' if fair else 'wrong'}_{level}"
-        verdict_rows.append((f"check_{name}", f"{asked}\nVerdict:", fair))
+        rows.append((f"check_{name}", f"{asked}\nVerdict:", f" {right[:-1]}, so {'right' if fair else 'wrong'}\n"))
         verdict_rows.append((f"turn_check_{name}", f"{asked}<|im_end|>", fair))
         verdict_rows.append((f"chat_check_{name}", f"{chat}{shown}<|im_end|>", fair))
     for start in range(0, len(rows), 120):
@@ -181,23 +224,26 @@ def train(recipe: Recipe, output: Path, report_every: int = 200, ability_rows: i
         start, tokens = state["step"], state["tokens"]
     began, losses = time.monotonic(), list[float]()
     for step, batch in enumerate(training_documents(recipe, start), start=start):
-        ids, weights = collate(batch, tokenizer)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        loss = (
-            F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-            * weights[:, 1:].flatten()
-        )
-        (loss.sum() / weights[:, 1:].sum()).backward()
+        encoded = sorted((encode(document, tokenizer) for document in batch), key=lambda it: sum(len(i) for i, _ in it))
+        total = sum(weight * len(ids) for pieces in encoded for ids, weight in pieces)
+        batch_loss = 0.0
+        for half in (encoded[: len(encoded) // 2], encoded[len(encoded) // 2 :]):  # which saves a fifth of the padding
+            ids, weights = collate(half, tokenizer.pad_token_id)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+            losses_of_tokens = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            loss = (losses_of_tokens * weights[:, 1:].flatten()).sum() / total
+            loss.backward()
+            batch_loss += float(loss.detach())
+            tokens += int((ids != tokenizer.pad_token_id).sum())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:
             for group in opt.param_groups:
                 group["lr"] = recipe.learning_rate * learning_rate_factor(step, recipe)
             opt.step()
             opt.zero_grad()
-        tokens += int((ids != tokenizer.pad_token_id).sum())
-        losses.append(float(loss.detach().sum() / weights[:, 1:].sum()))
-        if (step + 1) % report_every == 0 or step + 1 == recipe.steps:
+        losses.append(batch_loss)
+        if (step + 1) % report_every == 0 or step + 1 == recipe.all_steps:
             mean = sum(losses[-report_every:]) / len(losses[-report_every:])
             row = {
                 "step": step + 1,
