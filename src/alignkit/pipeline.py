@@ -23,27 +23,20 @@ Examples:
 
 from __future__ import annotations
 
-import logging
-import os
 import re
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from omegaconf import MISSING
 
-from alignkit.core.app import load_config
-from alignkit.core.artifact import Artifact, input_paths, read_manifest
+from alignkit.core.artifact import Artifact, read_manifest
 from alignkit.core.config import StageConfig
 from alignkit.core.errors import UserError
 from alignkit.core.help import stage_keys
 from alignkit.core.stages import default_groups
-
-LOG = logging.getLogger("alignkit")
+from alignkit.core.steps import Step, connect, describe, execute, make_step
 
 
 @dataclass
@@ -74,27 +67,6 @@ class PipelineConfig(StageConfig):
     """Further seeds with which everything is repeated, in runs/<run>-seed<k>."""
     workers: int = 1
     only: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Step:
-    """A step of one replicate, with its composed configuration and the steps it waits for."""
-
-    name: str
-    stage: str
-    overrides: list[str]
-    config: StageConfig
-    needs: set[Path]
-
-    @property
-    def folder(self) -> Path:
-        """Its run folder, which also identifies it."""
-        return Path(self.config.output_dir)
-
-    @property
-    def label(self) -> str:
-        """`<run>/<step>`."""
-        return f"{self.folder.parent.name}/{self.name}"
 
 
 def run(config: PipelineConfig) -> Artifact:
@@ -147,14 +119,11 @@ def plan(config: PipelineConfig) -> list[Step]:
             overrides = [f"run={run_name}", f"name={name}", f"seed={seed}", *own]
             if config.force:
                 overrides.append("force=true")
-            steps.append(Step(name, entry.stage, overrides, load_config(entry.stage, overrides), set()))
-    by_folder = {step.folder: step for step in steps}
+            steps.append(make_step(name, entry.stage, overrides))
+    connect(steps)
     for step in steps:
-        paths = [Path(path) for _, path in input_paths(step.config)]
-        step.needs = {folder for folder in by_folder for path in paths if path == folder or folder in path.parents}
-        step.needs.discard(step.folder)
         if step.name in config.once:
-            step.needs = set(by_folder) - {other.folder for other in steps if other.name in config.once}
+            step.needs = {other.folder for other in steps if other.name not in config.once}
     return steps
 
 
@@ -171,88 +140,6 @@ def fill(override: str, variables: Mapping[str, str]) -> str:
         quoted = value if plain else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
         override = override.replace(f"{{{name}}}", quoted)
     return override
-
-
-def execute(steps: list[Step], workers: int, logs: Path) -> Iterator[tuple[Step, int]]:
-    """Run the steps in dependency order, yielding each with the peak memory of all processes so far, in bytes.
-
-    Raises `UserError` when a step fails, after the steps beside it have been stopped.
-    """
-    waiting, running, done = list(steps), dict[Path, tuple[Step, subprocess.Popen[bytes]]](), set[Path]()
-    peak = 0
-    try:
-        while waiting or running:
-            for step in [s for s in waiting if s.needs <= done]:
-                if len(running) >= workers:
-                    break
-                waiting.remove(step)
-                if Artifact.open(step.stage, step.config).up_to_date:
-                    done.add(step.folder)
-                    yield step, peak
-                else:
-                    running[step.folder] = (step, start(step, workers, logs))
-            if not running and waiting and not any(s.needs <= done for s in waiting):
-                raise UserError(f"steps wait for each other: {', '.join(step.label for step in waiting)}")
-            time.sleep(0.1)
-            peak = max(peak, resident_bytes([process.pid for _, process in running.values()]))
-            for folder, (step, process) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[folder]
-                if process.returncode != 0:
-                    raise UserError(failure(step, logs, process.returncode))
-                done.add(folder)
-                yield step, peak
-    finally:
-        for _, process in running.values():
-            process.terminate()
-        for _, process in running.values():
-            process.wait()
-
-
-def start(step: Step, workers: int, logs: Path) -> subprocess.Popen[bytes]:
-    """Start a step as the command a user would type; its output goes to a log beside the pipeline's manifest."""
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    with log_file(step, logs).open("wb") as log:
-        command = [sys.executable, "-m", f"alignkit.{step.stage}", *step.overrides]
-        return subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
-        )
-
-
-def log_file(step: Step, logs: Path) -> Path:
-    """Where the step's console output goes."""
-    return logs / f"{step.label.replace('/', '-')}.log"
-
-
-def failure(step: Step, logs: Path, code: int) -> str:
-    """What to tell about a failed step: its own error message, and where the rest is."""
-    log = log_file(step, logs)
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    said = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "no output")
-    return f"step {step.label} failed (exit {code}): {said.removeprefix('error: ')} -- whole output: {log}"
-
-
-def describe(step: Step) -> str:
-    """One line: the step, its key metric, its time."""
-    manifest: Mapping[str, Any] = read_manifest(step.folder) or {}
-    return f"{step.label:34s} {manifest.get('seconds', 0):6.1f} s  {manifest.get('summary', '')}"
-
-
-def resident_bytes(pids: list[int]) -> int:
-    """Resident memory of these processes and their children together."""
-    import psutil
-
-    total = 0
-    for pid in [os.getpid(), *pids]:
-        try:
-            process = psutil.Process(pid)
-            family = [process] if pid == os.getpid() else [process, *process.children(recursive=True)]
-            total += sum(member.memory_info().rss for member in family)
-        except psutil.NoSuchProcess:
-            continue
-    return total
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def load_config(stage: str, overrides: Sequence[str] = ()) -> Any:
 
     Raises `UserError` that names the key for anything unknown, missing or of the wrong type.
     """
-    return to_dataclass(stage, compose(stage, overrides))
+    return to_dataclass(stage, compose(stage, bracket_lists(stage, overrides)))
 
 
 def run_stage(stage: str, config: StageConfig) -> Artifact:
@@ -119,6 +119,7 @@ def _run_command(stage: str, arguments: list[str]) -> int:
 
         return run_sweep(stage, overrides)
     if flags:
+        overrides = bracket_lists(stage, overrides)
         check_keys(stage, compose(stage, overrides))
         hydra_main(stage, [*flags, *overrides], lambda composed: None)
         return DONE
@@ -177,6 +178,17 @@ def accept_leading_plus(stage: str, overrides: Sequence[str]) -> list[str]:
         else:
             accepted.append(override)
     return accepted
+
+
+def bracket_lists(stage: str, overrides: Sequence[str]) -> list[str]:
+    """Let a list be written without brackets, as in `compare=random,mods`; in a sweep the commas mean several jobs."""
+    lists = {key.name for key in stage_keys(stage) if isinstance(key.default, list)}
+    written = []
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        bare = name.lstrip("+") in lists and value and value[0] not in "[$'\"" and value != "null"
+        written.append(f"{name}{equals}[{value}]" if bare else override)
+    return written
 
 
 def refuse_secrets(arguments: Sequence[str]) -> None:
