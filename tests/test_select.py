@@ -137,24 +137,28 @@ def test_covers_in_input_order_and_accounts_for_every_row(tmp_path: Path) -> Non
     kept = [row["id"] for row in selected]
     assert len(kept) == 12
     assert kept == sorted(kept, key=lambda id: int(id.removeprefix("row-")))
-    assert sorted(row["scores"]["coverage_rank"] for row in selected) == list(range(1, 13))
+    assert sorted(row["scores"]["rank"] for row in selected) == list(range(1, 13))
     assert {row["scores"]["quality"] for row in selected} == {10.0}
     assert {row["row"]["id"] for row in dropped} | set(kept) == {row["id"] for row in rows}
     reasons = {row["row"]["id"]: row["reason"] for row in dropped}
     assert reasons["row-3"] == "empty answer"
     assert reasons["row-9"] == "judgmental answer without a verdict"
-    assert set(artifact.dropped) <= {
-        "empty answer", "judgmental answer without a verdict", "covered by a selected row", "copy of a selected row"
+    assert reasons["row-8"] == "exact duplicate"
+    assert set(reasons.values()) == {
+        "empty answer", "judgmental answer without a verdict", "covered by a selected row", "exact duplicate"
     }  # fmt: skip
     assert artifact.dropped.total() == 28
     assert 0 < artifact.metrics["coverage_radius"] < 2
-    assert artifact.metrics["quality"]["histogram"]["10"] == 38
+    audit = json.loads((artifact.folder / "selection.json").read_text(encoding="utf-8"))
+    assert [each["rows"] for each in audit["funnel"]] == [40, 38, 37, 12]
+    assert sum(audit["quality"]["counts"]) == 38
+    assert sum(audit["quality"]["selected"]) == 12
 
 
 def test_a_copy_is_named_as_such_and_k_may_exceed_the_rows(tmp_path: Path) -> None:
     rows = make_rows(6)
     rows[4] = {**rows[1], "id": "copy"}
-    artifact = select(tmp_path, rows, "k=50")
+    artifact = select(tmp_path, rows, "k=50", "hygiene.exact_duplicates=false", "hygiene.near_duplicates=null")
     assert [row["id"] for row in read(artifact, "selected.jsonl")] == ["row-0", "row-1", "row-2", "row-3", "row-5"]
     (dropped,) = read(artifact, "dropped.jsonl")
     assert (dropped["reason"], dropped["row"]["id"]) == ("copy of a selected row", "copy")
@@ -165,7 +169,7 @@ def test_covers_the_configured_field(tmp_path: Path) -> None:
     rows = make_rows(6)
     for row in rows:
         row["input"] = "What is the seat of Fikico?"
-    artifact = select(tmp_path, rows, "k=6", "embedded_field=input")
+    artifact = select(tmp_path, rows, "k=6", "embedding.text=input")
     assert [row["id"] for row in read(artifact, "selected.jsonl")] == ["row-0"]  # to the others there is no distance
 
 
@@ -173,7 +177,7 @@ def test_without_k_every_good_row_stays(tmp_path: Path) -> None:
     artifact = select(tmp_path, make_rows(9))
     selected = read(artifact, "selected.jsonl")
     assert len(selected) == 9
-    assert all("coverage_rank" not in row["scores"] for row in selected)
+    assert all("rank" not in row["scores"] for row in selected)
 
 
 class FakeJudge:
@@ -193,23 +197,25 @@ def test_judged_quality(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("alignkit.scoring.judge.JudgeScorer", FakeJudge)
     outputs = ["It opens at nine.", "short", "", "extra words", "1234567"]
     rows = [{"id": str(i), "instruction": "s", "input": "q", "output": output} for i, output in enumerate(outputs)]
-    artifact = select(tmp_path, rows, "quality.mode=judge", "quality.min_quality=7")
+    artifact = select(tmp_path, rows, "quality.scorer=judge", "quality.threshold=6.5")
     assert {row["id"]: row["scores"]["quality"] for row in read(artifact, "selected.jsonl")} == {"0": 10, "4": 7}
-    assert artifact.dropped == {"judge score too low": 1, "empty answer": 1, "judge gave no score": 1}
+    assert artifact.dropped == {"judge score too low": 1, "empty answer": 1, "no quality score": 1}
 
 
 def test_the_scripted_teacher_can_judge(tmp_path: Path) -> None:
     rows = make_rows(8)
     rows[2]["output"] = "The seat of Fikico is Padera."
-    artifact = select(tmp_path, rows, "quality.mode=judge", f"teacher.store={tmp_path / 'store.sqlite'}")
+    artifact = select(tmp_path, rows, "quality.scorer=judge", f"teacher.store={tmp_path / 'store.sqlite'}")
     assert "row-2" not in {row["id"] for row in read(artifact, "selected.jsonl")}
     assert len(read(artifact, "selected.jsonl")) == 7
 
 
 def test_when_nothing_passes_the_user_is_told(tmp_path: Path) -> None:
     rows = [{**row, "output": " "} for row in make_rows(3)]
-    with pytest.raises(UserError, match=r"none of 3 rows reaches quality\.min_quality=7"):
+    with pytest.raises(UserError, match=r"hygiene leaves none of 3 rows.*dropped\.jsonl says why"):
         select(tmp_path, rows)
+    with pytest.raises(UserError, match=r"none of 3 rows passes quality\.threshold=7"):
+        select(tmp_path, rows, "hygiene.empty_answer=false")
     assert len((tmp_path / "select" / "dropped.jsonl").read_text().splitlines()) == 3
 
 

@@ -1,214 +1,524 @@
-"""select: keep rows of good quality, and of these a subset that covers them all.
+"""select: out of many rows the few worth training on, and why each of the others was left out.
 
-Each row first gets a quality from 0 to 10: by rule (the answer is not empty, has a sensible length, does not repeat
-itself, is not the question, and carries a verdict where one is asked for), or from the teacher as a judge. Rows below
-`quality.min_quality` are dropped. Of the rest, `k` rows are chosen by greedy k-center on embeddings of the text,
-starting from the best row: each next one is the row farthest from all chosen so far. The embedding counts character
-n-grams and needs no model.
+Hygiene first: duplicates, near duplicates, rows of the evaluation files, useless rows. Then quality: each row is scored
+by rules, the teacher, a reward model or a classifier, and must pass a threshold. Of the good rows `strategy` chooses k:
 
-Reads:   data.path                 question-answer rows with answers
-Writes:  selected.jsonl            the rows kept, in input order, with scores.quality and scores.coverage_rank (from 1)
+  coverage   greedy k-center on embeddings: each next row is the one farthest from all chosen so far
+  mods       the rows an initial model needs (MoDS, Du et al., 2023, arXiv 2311.15653): one is trained on a share of k
+             chosen for coverage, answers all good rows, and where its answers score below the threshold, rows are
+             chosen for coverage again. Places that are left over go to coverage. Train on the result from the base.
+  quality    the best scores
+  random     drawn without looking, among the rows that hygiene leaves
+
+`compare=random,quality,mods` asks whether that pays: it trains on what each strategy selects, k rows each, with several
+seeds, and compares the adapters on held-out questions. All that takes long is resumed by the same command.
+
+Reads:   data.path, also           question-answer rows with answers, of any format that alignkit reads
+         held_out                  evaluation files: rows that are in them are dropped (compare: the questions to ask)
+Writes:  selected.jsonl            the rows chosen, in input order, with scores.quality and scores.rank (from 1)
          dropped.jsonl             every other row and why
+         selection.json, .html     what was decided, and a page to look at it: map, scores, coverage, examples
+         initial/                  with strategy=mods: the initial model and its answers
+         compare/                  with compare: the selections, adapters and predictions of every seed
 
 Overrides people use:
-  k=300                          how many rows to keep (k=null: all of good quality, without coverage)
-  quality.mode=judge             let the teacher grade each row instead of the rules
-  quality.min_quality=8          the lowest quality that passes
-  embedded_field=input           what to cover: instruction, input, output, or all three together
-  data.path=mine.jsonl           other rows
+  k=2000                           how many rows (k=null: all of good quality)
+  radius=0.5                       or: as many as it takes for every row to be this near to a chosen one
+  quality.scorer=judge             who scores: rules, judge, reward (quality.reward=runs/mine/reward), classifier
+  quality.threshold=8              the score to exceed (or quality.quantile=0.25: leave out the lowest quarter)
+  strategy=mods +model=qwen7b      with necessity; model, train and lora are the initial model's
+  'also=[more.jsonl]'              further files of the same pool
+  'held_out=[test.jsonl]'          nothing of these may be selected
 
 Examples:
   python -m alignkit.select run=demo k=300
-  python -m alignkit.select data.path=mine.jsonl k=1000 quality.mode=judge
+  python -m alignkit.select data.path=mine.jsonl k=2000
+  python -m alignkit.select +model=qwen7b data.path=mine.jsonl k=2000 strategy=mods quality.scorer=judge teacher=openai
+  python -m alignkit.select data.path=mine.jsonl k=100 'held_out=[test.jsonl]' compare=random,quality,mods
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass, field
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
-from typing import ClassVar, Optional
+from random import Random
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
-from alignkit.core.config import RowsConfig, StageConfig, TeacherConfig
+from alignkit.core.config import (
+    LoraConfig,
+    ModelConfig,
+    RowsConfig,
+    SamplingConfig,
+    StageConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 from alignkit.core.errors import UserError
 from alignkit.core.records import QAExample
+from alignkit.data.hygiene.config import HygieneConfig
+from alignkit.scoring.quality import QualityConfig, RowScorer
+from alignkit.scoring.row_embedding import EmbeddingConfig
+
+if TYPE_CHECKING:
+    from alignkit.reporting.selection_audit import Decisions
+    from alignkit.scoring.row_embedding import Vectors
 
 # ruff: noqa: UP045
 
 LOG = logging.getLogger("alignkit")
 
 
-class QualityMode(Enum):
-    """Who says how good a row is."""
+class Strategy(Enum):
+    """How rows are chosen; see the head of this file."""
 
-    rules = "rules"
-    judge = "judge"
-
-
-class EmbeddedField(Enum):
-    """The text of a row that the selection is to cover."""
-
-    instruction = "instruction"
-    input = "input"
-    output = "output"
-    all = "all"
+    coverage = "coverage"
+    mods = "mods"
+    quality = "quality"
+    random = "random"
 
 
 @dataclass
-class QualityConfig:
-    """What passes as a good row."""
+class NecessityConfig:
+    """Which rows the initial model needs (strategy=mods)."""
 
-    mode: QualityMode = QualityMode.rules
-    min_quality: float = 7.0
-    """From 0 to 10. By rules a row has 10 when it breaks none, 5 when it breaks one; a judge gives any number."""
-    min_words: int = 1
-    max_words: int = 400
-    max_repetition: float = 0.3
-    """Largest share of the answer's three-word runs that may occur a second time."""
+    share: float = 0.5
+    """Share of k that is kept for necessary rows; the initial model is trained on the others."""
+    threshold: Optional[float] = None
+    """A row is necessary where the initial model's answer scores below it; none: the threshold of quality."""
 
 
 @dataclass
 class SelectConfig(StageConfig):
     """Configuration of `select`."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("data.path",)
+    inputs: ClassVar[tuple[str, ...]] = (
+        *("data.path", "also", "held_out", "quality.reward", "quality.classifier"),
+        *("embedding.checkpoint", "model.path"),
+    )
+    incidental: ClassVar[tuple[str, ...]] = (
+        *StageConfig.incidental,
+        *("embedding.cache", "embedding.batch_size", "quality.batch_size", "workers"),
+    )
 
     data: RowsConfig = field(default_factory=RowsConfig)
-    quality: QualityConfig = field(default_factory=QualityConfig)
+    also: list[str] = field(default_factory=list)
+    """Further files of the pool, each read whole."""
+    held_out: list[str] = field(default_factory=list)
+    """Evaluation files: what is in them is not selected."""
     k: Optional[int] = None
-    """How many rows to choose for coverage; null keeps every row of good quality."""
-    embedded_field: EmbeddedField = EmbeddedField.all
-    """The text that the chosen rows are to cover."""
+    """How many rows to choose; null keeps every row of good quality."""
+    radius: Optional[float] = None
+    """Choose for coverage until every good row is this near to a chosen one; with k, no more than k rows."""
+    strategy: Strategy = Strategy.coverage
+    """How the k rows are chosen."""
+    hygiene: HygieneConfig = field(default_factory=HygieneConfig)
+    quality: QualityConfig = field(default_factory=QualityConfig)
+    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    necessity: NecessityConfig = field(default_factory=NecessityConfig)
+    compare: list[str] = field(default_factory=list)
+    """Strategies to train with and to compare, like random,quality,mods; instead of selecting by one."""
+    compare_seeds: int = 5
+    """With compare: how many seeds, beginning with `seed`."""
+    compare_judge: bool = False
+    """With compare: have the teacher grade the held-out answers, too."""
+    workers: int = 1
+    """Trainings and evaluations that run side by side."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sampling: SamplingConfig = field(
+        default_factory=lambda: SamplingConfig(n=1, temperature=[0.0, 0.0], top_p=[1.0, 1.0])
+    )
+    """How the initial model, and with compare the adapters, answer; greedily unless told otherwise."""
 
 
 def run(config: SelectConfig) -> Artifact:
-    """Score every row, drop the poor ones, choose a covering subset of the rest."""
-    from alignkit.data.sources import read_questions
-
-    if config.k is not None and config.k < 1:
-        raise UserError(f"k={config.k}: must be at least 1, or null to keep every row of good quality")
+    """Clean the pool, score its rows, choose by the strategy, and account for every row."""
+    check(config)
     with Artifact.open("select", config) as artifact:
         if artifact.up_to_date:
             return artifact
-        examples, unusable = read_questions(config.data)
-        for dropped in unusable:
-            artifact.drop(dropped.row, dropped.reason, dropped.detail)
-        judged = config.quality.mode is QualityMode.judge
-        scored = _judged(examples, config, artifact) if judged else _ruled(examples, config)
-        good = [example for example in scored if _passes(example, config, artifact)]
-        if not good:
-            raise UserError(
-                f"select: none of {len(examples)} rows reaches quality.min_quality={config.quality.min_quality:g}; "
-                f"{artifact.folder / 'dropped.jsonl'} says why"
-            )
-        selected = good if config.k is None else _cover(good, config, artifact)
-        artifact.write_rows("selected.jsonl", selected)
-        artifact.metrics |= {"rows_read": len(examples) + len(unusable), "rows_selected": len(selected)}
-        artifact.metrics["quality"] = _distribution([example.scores["quality"] for example in scored])
-        artifact.summary = f"{len(selected)} of {artifact.metrics['rows_read']} rows"
-        accounted = len(selected) + sum(artifact.dropped.values())
-        artifact.check("every row accounted for", accounted == artifact.metrics["rows_read"], f"{accounted} rows")
+        from alignkit.reporting.selection_audit import Decisions
+
+        decisions = Decisions(artifact)
+        rows, held_out = read_pool(config, decisions)
+        clean = cleanse(config, rows, held_out, decisions)
+        scorer = RowScorer(config.quality, config.teacher)
+        scored, threshold = score(config, clean, scorer, decisions)
+        audit: dict[str, Any] = {}
+        selected: list[QAExample] = []
+        if config.compare:
+            audit |= compare_strategies(config, scored, threshold, artifact)
+        elif config.strategy is Strategy.random:
+            selected = draw(config, scored, decisions)
+        else:
+            good = keep_good(config, scored, threshold, decisions)
+            if config.strategy is Strategy.quality:
+                selected = best_of(config, good, decisions)
+            else:
+                selected, found = cover(config, good, scorer, threshold, decisions)
+                audit |= found
+        if not config.compare:
+            audit |= write_selected(config, rows, selected, decisions)
+        audit["quality"] = describe_scores(config, scored, selected, threshold, artifact)
+        audit = {"strategy": config.strategy.name, "k": config.k, **audit}
+        page = decisions.publish(audit, f"Selection of the run {config.run}")
+        LOG.info("the page to look at: %s", page)
     return artifact
 
 
-def _ruled(examples: list[QAExample], config: SelectConfig) -> list[QAExample]:
-    """Give each row its quality by rule."""
-    from alignkit.scoring.rules import rule_quality
-
-    return [_with_scores(example, quality=rule_quality(_broken(example, config))) for example in examples]
-
-
-def _broken(example: QAExample, config: SelectConfig) -> list[str]:
-    from alignkit.scoring.rules import broken_rules
-
-    limits = config.quality
-    return broken_rules(
-        example, min_words=limits.min_words, max_words=limits.max_words, max_repetition=limits.max_repetition
-    )
-
-
-def _judged(examples: list[QAExample], config: SelectConfig, artifact: Artifact) -> list[QAExample]:
-    """Give each row its quality by the teacher; rows without an answer, or that it could not grade, are dropped."""
-    from alignkit.core.records import Message
-    from alignkit.data.chat import qa_prompt
-    from alignkit.scoring.judge import JudgeScorer
-    from alignkit.teacher.client import open_teacher
-
-    answered = [example for example in examples if example.output.strip()]
-    for example in examples:
-        if not example.output.strip():
-            artifact.drop(example, "empty answer")
-    scorer = JudgeScorer(open_teacher(config.teacher))
-    scores = scorer.score([[*qa_prompt(row), Message(role="assistant", content=row.output)] for row in answered])
-    artifact.metrics |= {"teacher": config.teacher.model, "usage": asdict(scorer.teacher.usage)}
-    graded = []
-    for example, score, reason in zip(answered, scores, scorer.reasons, strict=True):
-        if score is None:
-            artifact.drop(example, "judge gave no score", str(reason))
-        else:
-            graded.append(_with_scores(example, quality=score))
-    return graded
-
-
-def _passes(example: QAExample, config: SelectConfig, artifact: Artifact) -> bool:
-    """Whether a row's quality suffices; drops it with the first broken rule, or the judge's score, when not."""
-    quality, needed = example.scores["quality"], config.quality.min_quality
-    if quality >= needed:
-        return True
-    if config.quality.mode is QualityMode.judge:
-        artifact.drop(example, "judge score too low", f"{quality:g} < {needed:g}")
-    else:
-        broken = _broken(example, config)
-        artifact.drop(
-            example, broken[0] if broken else "quality too low", f"{quality:g} < {needed:g}: {', '.join(broken)}"
+def check(config: SelectConfig) -> None:
+    """Raise `UserError` for settings that contradict each other."""
+    if config.k is not None and config.k < 1:
+        raise UserError(f"k={config.k}: must be at least 1, or null to keep every row of good quality")
+    if config.radius is not None and config.radius < 0:
+        raise UserError(f"radius={config.radius}: a distance is not negative")
+    if config.radius is not None and config.strategy is not Strategy.coverage:
+        raise UserError(
+            f"radius={config.radius}: is for strategy=coverage; with strategy={config.strategy.name} give k"
         )
-    return False
+    if config.k is None and (config.compare or config.strategy is not Strategy.coverage):
+        raise UserError(f"k: strategy={config.strategy.name} and compare need a number of rows; add k=...")
+    if not 0 < config.necessity.share < 1:
+        raise UserError(f"necessity.share={config.necessity.share}: must lie between 0 and 1")
+    if config.sampling.n != 1:
+        raise UserError(f"sampling.n={config.sampling.n}: the initial model answers once; set sampling.n=1")
+    if config.compare:
+        names = [each.name for each in Strategy]
+        unknown = [name for name in config.compare if name not in names]
+        if unknown or len(set(config.compare)) < max(2, len(config.compare)):
+            raise UserError(
+                f"compare={','.join(config.compare)}: name two or more different ones of {', '.join(names)}"
+            )
+        if len(config.held_out) != 1:
+            raise UserError("held_out: compare needs exactly one file of held-out questions, 'held_out=[test.jsonl]'")
+        if config.compare_seeds < 1:
+            raise UserError(f"compare_seeds={config.compare_seeds}: must be at least 1")
 
 
-def _cover(good: list[QAExample], config: SelectConfig, artifact: Artifact) -> list[QAExample]:
-    """Choose up to k rows that cover all good ones, in input order; record how far the farthest row is from them."""
-    from alignkit.scoring.diversity import character_embeddings, k_center_greedy, nearest_centres
+def read_pool(config: SelectConfig, decisions: Decisions) -> tuple[list[QAExample], list[QAExample]]:
+    """All rows of the pool, and the evaluation rows. Raises `UserError` for an id that stands in two files."""
+    from alignkit.data.sources import read_questions
 
+    pool: list[QAExample] = []
+    where: dict[str, str] = {}
+    for path in (config.data.path, *config.also):
+        rows, unusable = read_questions(config.data if path == config.data.path else RowsConfig(path=path))
+        for each in unusable:
+            decisions.set_aside(each)
+        for row in rows:
+            if row.id in where:
+                raise UserError(f"{path}: id '{row.id}' is also in {where[row.id]}; rename the file or the ids")
+            where[row.id] = path
+        pool += rows
+    held_out = [row for path in config.held_out for row in read_questions(RowsConfig(path=path))[0]]
+    decisions.step("read", len(pool) + decisions.artifact.dropped.total())
+    return pool, held_out
+
+
+def cleanse(
+    config: SelectConfig, rows: Sequence[QAExample], held_out: Sequence[QAExample], decisions: Decisions
+) -> list[QAExample]:
+    """The rows that keep the rules of hygiene and are not in the evaluation files."""
+    from alignkit.data.hygiene.clean import clean
+
+    kept, dropped = clean(rows, config.hygiene, held_out)
+    for each in dropped:
+        decisions.set_aside(each)
+    if config.embedding.held_out_similarity is not None and held_out and kept:
+        kept = without_look_alikes(config, kept, held_out, decisions)
+    if not kept:
+        raise UserError(f"hygiene leaves none of {len(rows)} rows; {decisions.artifact.folder}/dropped.jsonl says why")
+    decisions.step("hygiene", len(kept))
+    flagged = Counter(kind for row in kept for kind in getattr(row, "flags", None) or ())
+    if flagged:
+        decisions.artifact.metrics["flagged"] = dict(flagged)
+        found = ", ".join(f"{count} {kind}" for kind, count in flagged.items())
+        LOG.warning(
+            "personal data was found, and flagged in the rows: %s (hygiene.personal_data=drop drops them)", found
+        )
+    return kept
+
+
+def without_look_alikes(
+    config: SelectConfig, rows: Sequence[QAExample], held_out: Sequence[QAExample], decisions: Decisions
+) -> list[QAExample]:
+    """The rows whose statement and question are not too similar to an evaluation row's."""
+    from alignkit.scoring.row_embedding import look_alikes
+
+    kept = []
+    for row, match in zip(rows, look_alikes(rows, held_out, config.embedding), strict=True):
+        if match is None:
+            kept.append(row)
+        else:
+            detail = f"{held_out[match.row].id}: cosine {match.similarity:.3f}"
+            decisions.drop(row, "similar to the evaluation data", detail, "unclean")
+    return kept
+
+
+def score(
+    config: SelectConfig, rows: Sequence[QAExample], scorer: RowScorer, decisions: Decisions
+) -> tuple[list[QAExample], float]:
+    """The rows with their quality, without those that have none, and the threshold that applies."""
+    from alignkit.core.journal import Journal
+    from alignkit.reporting.selection_audit import with_scores
+
+    artifact = decisions.artifact
+    with Journal(artifact.work_folder / "quality.jsonl", artifact.fingerprint) as journal:
+        scores = scorer.score(rows, journal)
+    scored = []
+    for row, (quality, why) in zip(rows, scores, strict=True):
+        if quality is None:
+            decisions.drop(row, "no quality score", str(why), "poor quality")
+        else:
+            scored.append(with_scores(row, quality=quality))
+    if not scored:
+        raise UserError(f"none of {len(rows)} rows has a quality; {artifact.folder}/dropped.jsonl says why")
+    if scorer.usage is not None:
+        artifact.metrics |= {"teacher": config.teacher.model, "usage": asdict(scorer.usage)}
+    return scored, config.quality.resolve_threshold([row.scores["quality"] for row in scored])
+
+
+def keep_good(
+    config: SelectConfig, scored: Sequence[QAExample], threshold: float, decisions: Decisions
+) -> list[QAExample]:
+    """The rows whose quality passes; of the others the first rule that they break, or the score, is the reason."""
+    from alignkit.scoring.quality import broken_by
+
+    good = []
+    for row in scored:
+        quality = row.scores["quality"]
+        if config.quality.passes(quality, threshold):
+            good.append(row)
+            continue
+        broken = broken_by(row, config.quality)
+        reason = broken[0] if broken else f"{config.quality.scorer.name} score too low"
+        detail = ", ".join([f"{quality:g}, threshold {threshold:g}", *broken])
+        decisions.drop(row, reason, detail, "poor quality")
+    if not good:
+        raise UserError(
+            f"none of {len(scored)} rows passes quality.threshold={threshold:g}; "
+            f"{decisions.artifact.folder}/dropped.jsonl says why"
+        )
+    decisions.step("quality", len(good))
+    return good
+
+
+def draw(config: SelectConfig, rows: Sequence[QAExample], decisions: Decisions) -> list[QAExample]:
+    """k rows at random."""
     assert config.k is not None
-    embeddings = character_embeddings([_text(example, config.embedded_field) for example in good])
-    best = max(range(len(good)), key=lambda row: good[row].scores["quality"])
-    centres = k_center_greedy(embeddings, min(config.k, len(good)), first=best)
-    nearest, distances = nearest_centres(embeddings, centres)
-    rank = {int(row): position for position, row in enumerate(centres, start=1)}
-    for row, example in enumerate(good):
-        if row not in rank:
-            other = good[centres[nearest[row]]].id
-            reason = "copy of a selected row" if distances[row] < 1e-6 else "covered by a selected row"
-            artifact.drop(example, reason, f"nearest is {other}, at distance {distances[row]:.3f}")
-    if len(centres) < config.k:
-        LOG.warning("select: k=%d, but only %d different rows passed the quality threshold", config.k, len(centres))
-    artifact.metrics["coverage_radius"] = round(float(distances.max()), 4)
-    return [_with_scores(good[row], coverage_rank=rank[row]) for row in sorted(rank)]
+    drawn = Random(f"{config.seed}-select").sample(range(len(rows)), min(config.k, len(rows)))
+    for row in [row for place, row in enumerate(rows) if place not in set(drawn)]:
+        decisions.drop(row, "not drawn", "", "covered")
+    return decisions.ranked(rows, drawn)
 
 
-def _text(example: QAExample, embedded_field: EmbeddedField) -> str:
-    if embedded_field is EmbeddedField.all:
-        return "\n".join((example.instruction, example.input, example.output))
-    return str(getattr(example, embedded_field.name))
+def best_of(config: SelectConfig, good: Sequence[QAExample], decisions: Decisions) -> list[QAExample]:
+    """The k rows of the highest quality; rows of equal quality are taken in random order."""
+    assert config.k is not None
+    order = Random(f"{config.seed}-select").sample(range(len(good)), len(good))
+    order.sort(key=lambda place: -good[place].scores["quality"])
+    for place in order[config.k :]:
+        decisions.drop(good[place], "others have a higher or equal quality", "", "covered")
+    return decisions.ranked(good, order[: config.k])
 
 
-def _with_scores(example: QAExample, **scores: float) -> QAExample:
-    return example.model_copy(
-        update={"scores": {**example.scores, **{name: float(value) for name, value in scores.items()}}}
-    )
-
-
-def _distribution(qualities: list[float]) -> dict[str, float | dict[str, int]]:
-    """Mean, median, and the number of rows at each whole score from 0 to 10 (rounded down)."""
+def cover(
+    config: SelectConfig, good: Sequence[QAExample], scorer: RowScorer, threshold: float, decisions: Decisions
+) -> tuple[list[QAExample], dict[str, Any]]:
+    """Choose rows that cover the good ones, and with strategy=mods those that the initial model needs."""
     import numpy as np
 
-    if not qualities:
-        return {}
-    counts = np.bincount(np.floor(qualities).astype(int).clip(0, 10), minlength=11)
-    histogram = {str(score): int(count) for score, count in enumerate(counts)}
-    return {"mean": float(np.mean(qualities)), "median": float(np.median(qualities)), "histogram": histogram}
+    from alignkit.reporting.selection_audit import thinned
+    from alignkit.scoring.diversity import k_center, nearest_centres
+    from alignkit.scoring.row_embedding import embed_rows
+
+    if config.k is None and config.radius is None:
+        decisions.by_row |= {row.id: "selected" for row in good}
+        return list(good), {}
+    vectors = embed_rows(good, config.embedding)
+    best = max(range(len(good)), key=lambda place: good[place].scores["quality"])
+    wanted = None if config.k is None else min(config.k, len(good))
+    if config.strategy is Strategy.mods and wanted is not None:
+        wanted = max(1, wanted - round(wanted * config.necessity.share))
+    found = k_center(vectors, k=wanted, radius=config.radius, first=best)
+    chosen = [int(place) for place in found.centres]
+    decisions.step("coverage", len(chosen))
+    audit: dict[str, Any] = {}
+    spared: dict[int, float] = {}
+    if config.strategy is Strategy.mods:
+        chosen, spared, audit["necessity"] = add_necessary(config, good, vectors, chosen, scorer, threshold, decisions)
+    nearest, distances = nearest_centres(vectors, np.array(chosen))
+    for place, row in enumerate(good):
+        if place in set(chosen):
+            continue
+        near = f"nearest is {good[chosen[nearest[place]]].id}, at distance {distances[place]:.3f}"
+        if distances[place] < 1e-6:
+            decisions.drop(row, "copy of a selected row", near, "covered")
+        elif place in spared:
+            decisions.drop(row, "not necessary", f"initial answer scores {spared[place]:g}; {near}", "covered")
+        else:
+            decisions.drop(row, "covered by a selected row", near, "covered")
+    if config.k is not None and len(chosen) < config.k and config.radius is None:
+        LOG.warning("k=%d, but only %d different rows passed the quality threshold", config.k, len(chosen))
+    radius = float(distances.max())
+    decisions.artifact.metrics["coverage_radius"] = round(radius, 4)
+    audit["coverage"] = {
+        "embedding": config.embedding.model,
+        "field": config.embedding.text.name,
+        "radius": radius,
+        "curve": thinned(found.radii.tolist()),
+        "chosen": [[len(chosen), radius]],
+    }
+    return decisions.ranked(good, chosen), audit
+
+
+def add_necessary(
+    config: SelectConfig,
+    good: Sequence[QAExample],
+    vectors: Vectors,
+    seeds: list[int],
+    scorer: RowScorer,
+    threshold: float,
+    decisions: Decisions,
+) -> tuple[list[int], dict[int, float], dict[str, Any] | None]:
+    """Fill up to k rows with those that a model trained on `seeds` answers badly (MoDS, section 2.3).
+
+    Returns the places of all rows chosen, the score of the initial answer for rows that it sufficed for, and the
+    histogram. The second k-center knows the seeds, so that no row is chosen for what one of them covers already; rows
+    chosen once cannot be chosen again. What is left of k goes to coverage of all good rows.
+    """
+    from alignkit.core.journal import Journal
+    from alignkit.reporting.selection_audit import score_histogram
+    from alignkit.scoring.diversity import extend_cover
+    from alignkit.training.initial_model import answer_by_initial_model
+
+    artifact = decisions.artifact
+    answers = answer_by_initial_model(
+        artifact.folder / "initial",
+        [good[place] for place in sorted(seeds)],
+        good,
+        {"run": config.run, "seed": config.seed, "model": config.model},
+        {"lora": config.lora, "train": config.train},
+        config.sampling,
+    )
+    limit = config.necessity.threshold if config.necessity.threshold is not None else threshold
+    answered = [place for place, row in enumerate(good) if answers.get(row.id, "").strip()]
+    candidates = [
+        good[place].model_copy(update={"output": answers[good[place].id], "scores": {}}) for place in answered
+    ]
+    with Journal(artifact.work_folder / "necessity.jsonl", artifact.fingerprint) as journal:
+        scores = {place: score for place, (score, _) in zip(answered, scorer.score(candidates, journal), strict=True)}
+    unanswered = [place for place, row in enumerate(good) if row.id in answers and place not in scores]
+    necessary = {place for place, score in scores.items() if score is None or score < limit} | set(unanswered)
+    assert config.k is not None
+    chosen = extend_cover(vectors, seeds, sorted(necessary), config.k)
+    for place in chosen[len(seeds) :]:
+        decisions.by_row[good[place].id] = "necessary"
+    needed = len(chosen) - len(seeds)
+    chosen = extend_cover(vectors, chosen, range(len(good)), config.k)
+    decisions.step("necessity", len(chosen))
+    known = {place: score for place, score in scores.items() if score is not None}
+    artifact.metrics["necessity"] = {
+        "answered": len(answers),
+        "not_scored": len(answers) - len(known),
+        "necessary": len(necessary),
+        "chosen": needed,
+        "filled_up": len(chosen) - len(seeds) - needed,
+    }
+    spared = {place: score for place, score in known.items() if place not in necessary}
+    selected = [known[place] for place in chosen if place in known]
+    histogram = score_histogram(list(known.values()), selected, limit, config.quality.scorer.name) if known else None
+    return chosen, spared, histogram and histogram | {"model": config.model.name}
+
+
+def compare_strategies(
+    config: SelectConfig, scored: Sequence[QAExample], threshold: float, artifact: Artifact
+) -> dict[str, Any]:
+    """Train on what each strategy selects of the same scored rows, with every seed, and compare the adapters."""
+    from alignkit.core.steps import describe, execute, hand_over
+    from alignkit.evaluation.strategies import Trial, read_trials, steps_of
+
+    assert config.k is not None
+    home = artifact.folder / "compare"
+    hand_over(home / "pool.jsonl", scored)
+    # At the border of a quantile rows stay, above a threshold they must be: the next lower number makes that one rule.
+    border = math.nextafter(threshold, -math.inf) if config.quality.quantile is not None else threshold
+    quality = replace(config.quality, quantile=None, threshold=border, reuse=True)
+    necessity = config.necessity
+    if necessity.threshold is None:
+        necessity = replace(necessity, threshold=threshold)
+    trial = Trial(
+        home=home,
+        strategies=config.compare,
+        seeds=range(config.seed, config.seed + config.compare_seeds),
+        k=config.k,
+        held_out=config.held_out[0],
+        judge=config.compare_judge,
+        shared={"run": config.run, "model": config.model},
+        selecting={
+            "hygiene": config.hygiene,
+            "quality": quality,
+            "embedding": config.embedding,
+            "necessity": necessity,
+        },
+        training={"lora": config.lora, "train": config.train},
+        answering={"sampling": config.sampling},
+        teaching={"teacher": config.teacher},
+    )
+    steps = steps_of(trial)
+    for number, (step, _) in enumerate(execute(steps, config.workers, home), start=1):
+        LOG.info("[%d/%d] %s", number, len(steps), describe(step))
+    comparison = read_trials(trial)
+    rows = {each["name"]: each["rows"] for each in comparison["strategies"]}
+    artifact.check("equal budgets", len({tuple(each) for each in rows.values()}) == 1, f"rows by seed: {rows}")
+    artifact.metrics["comparison"] = comparison
+    artifact.summary = ", ".join(
+        f"{each['name']} {each['scores']['exact_match']['mean']:.3f}" for each in comparison["strategies"]
+    )
+    return {"strategy": "compare", "rows_selected": config.k, "comparison": comparison}
+
+
+def describe_scores(
+    config: SelectConfig,
+    scored: Sequence[QAExample],
+    selected: Sequence[QAExample],
+    threshold: float,
+    artifact: Artifact,
+) -> dict[str, Any]:
+    """The part of the audit about quality: how all rows scored, and those selected."""
+    from alignkit.reporting.selection_audit import score_histogram
+
+    qualities = [row.scores["quality"] for row in scored]
+    kept = [row.scores["quality"] for row in selected]
+    artifact.metrics["quality"] = {"mean": fmean(qualities), "median": median(qualities), "threshold": threshold}
+    return score_histogram(qualities, kept, threshold, config.quality.scorer.name)
+
+
+def write_selected(
+    config: SelectConfig, rows: Sequence[QAExample], selected: Sequence[QAExample], decisions: Decisions
+) -> dict[str, Any]:
+    """Write the rows chosen, in input order, and account for all others; returns the rest of the audit."""
+    from alignkit.reporting.selection_audit import choose_points, map_points
+    from alignkit.scoring.row_embedding import embed_rows
+
+    artifact = decisions.artifact
+    artifact.write_rows("selected.jsonl", selected)
+    read = decisions.funnel[0]["rows"]
+    accounted = len(selected) + artifact.dropped.total()
+    artifact.check("every row accounted for", accounted == read, f"{accounted} of {read} rows")
+    artifact.metrics |= {"rows_read": read, "rows_selected": len(selected)}
+    artifact.summary = f"{len(selected)} of {read} rows"
+    shown = choose_points(rows, decisions.by_row, config.seed)
+    points = map_points(shown, embed_rows(shown, config.embedding), decisions.by_row)
+    return {"rows_selected": len(selected), "map": points}
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def read_examples(rows: RowsConfig, *, hotpotqa_paragraphs: str = "gold") -> tup
 
 
 def read_questions(rows: RowsConfig, *, hotpotqa_paragraphs: str = "gold") -> tuple[list[QAExample], list[Dropped]]:
-    """Questions, with or without an answer: QA examples, Alpaca rows, Self-Instruct seed tasks, HotpotQA.
+    """Questions, with or without an answer: QA examples, Alpaca rows, Self-Instruct, HotpotQA, prompts and completions.
 
     `hotpotqa_paragraphs` says which paragraphs make the statement: `gold`, or `all` with the distractors.
     """
@@ -123,10 +123,12 @@ def _question_formats(hotpotqa_paragraphs: str, *, answered: bool = False) -> tu
         Format("RAFT row", raft.ROW_FIELDS, raft.read_question),
         Format("RAFT evaluation", raft.EVALUATION_FIELDS, raft.read_evaluation),
         Format("Self-Instruct seed task", ("instruction", "instances"), questions.read_seed_task),
+        Format("Self-Instruct prediction", ("instruction", "response"), questions.read_prediction),
         Format("QA example or Alpaca row", needed, questions.read_question),
         Format("QA-Expert", qa_expert.FIELDS, qa_expert.read_question),
         Format("question about a document", documents.FIELDS, documents.read_question),
         Format("HotpotQA", hotpotqa.FIELDS, partial(hotpotqa.read_question, paragraphs=hotpotqa_paragraphs)),
+        Format("prompt and completion", ("prompt", "completion"), questions.read_prompt_and_completion),
     )
 
 

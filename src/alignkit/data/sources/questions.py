@@ -1,4 +1,4 @@
-"""Question and answer rows: our own, Alpaca's, and Self-Instruct's seed tasks."""
+"""Question and answer rows: our own, Alpaca's, Self-Instruct's seed tasks and predictions, prompts and completions."""
 
 from __future__ import annotations
 
@@ -19,6 +19,20 @@ class _SeedTask(BaseModel):
     instruction: str
     instances: list[_Instance]
     is_classification: bool | None = None
+
+
+class _Prediction(BaseModel):
+    instruction: str
+    input: str = ""
+    response: str
+
+
+class _PromptAndCompletion(BaseModel):
+    prompt: str
+    completion: str
+
+
+_END_OF_TEXT = "<|endoftext|>"
 
 
 def read_question(raw: RawRow) -> QAExample | Dropped:
@@ -45,6 +59,25 @@ def read_seed_task(raw: RawRow) -> QAExample | Dropped:
         source="self-instruct",
     )
     return _usable(raw, example)
+
+
+def read_prediction(raw: RawRow) -> QAExample | Dropped:
+    """A model's answer as Self-Instruct evaluates it: its `response` is the answer."""
+    prediction = raw.record(_Prediction)
+    example = QAExample(
+        id=raw.id, instruction=prediction.instruction, input=prediction.input, output=prediction.response.strip()
+    )
+    return _usable(raw, example)
+
+
+def read_prompt_and_completion(raw: RawRow) -> QAExample | Dropped:
+    """A prompt text and its completion, as GPT-3 was fine-tuned on; the end-of-text mark of the completion is no text.
+
+    The prompt is the instruction: which part of it is the question, nothing tells.
+    """
+    row = raw.record(_PromptAndCompletion)
+    output = row.completion.rstrip().removesuffix(_END_OF_TEXT).strip()
+    return _usable(raw, QAExample(id=raw.id, instruction=row.prompt.strip(), output=output))
 
 
 def _usable(raw: RawRow, example: QAExample) -> QAExample | Dropped:
