@@ -46,7 +46,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from random import Random
-from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
@@ -72,6 +71,9 @@ if TYPE_CHECKING:
 # ruff: noqa: UP045
 
 LOG = logging.getLogger("alignkit")
+
+_SAME = 1e-6
+"""Distance below which two rows of length 1 are copies."""
 
 
 class Strategy(Enum):
@@ -167,7 +169,7 @@ def run(config: SelectConfig) -> Artifact:
                 audit |= found
         if not config.compare:
             audit |= write_selected(config, rows, selected, decisions)
-        audit["quality"] = describe_scores(config, scored, selected, threshold, artifact)
+        audit["quality"] = decisions.quality(scored, selected, threshold, config.quality.scorer.name)
         audit = {"strategy": config.strategy.name, "k": config.k, **audit}
         page = decisions.publish(audit, f"Selection of the run {config.run}")
         LOG.info("the page to look at: %s", page)
@@ -315,8 +317,9 @@ def draw(config: SelectConfig, rows: Sequence[QAExample], decisions: Decisions) 
     """k rows at random."""
     assert config.k is not None
     drawn = Random(f"{config.seed}-select").sample(range(len(rows)), min(config.k, len(rows)))
-    for row in [row for place, row in enumerate(rows) if place not in set(drawn)]:
-        decisions.drop(row, "not drawn", "", "covered")
+    left = set(range(len(rows))) - set(drawn)
+    for place in sorted(left):
+        decisions.drop(rows[place], "not drawn", "", "covered")
     return decisions.ranked(rows, drawn)
 
 
@@ -356,16 +359,12 @@ def cover(
     if config.strategy is Strategy.mods:
         chosen, spared, audit["necessity"] = add_necessary(config, good, vectors, chosen, scorer, threshold, decisions)
     nearest, distances = nearest_centres(vectors, np.array(chosen))
-    for place, row in enumerate(good):
-        if place in set(chosen):
-            continue
-        near = f"nearest is {good[chosen[nearest[place]]].id}, at distance {distances[place]:.3f}"
-        if distances[place] < 1e-6:
-            decisions.drop(row, "copy of a selected row", near, "covered")
-        elif place in spared:
-            decisions.drop(row, "not necessary", f"initial answer scores {spared[place]:g}; {near}", "covered")
-        else:
-            decisions.drop(row, "covered by a selected row", near, "covered")
+    for place in sorted(set(range(len(good))) - set(chosen)):
+        detail = f"nearest is {good[chosen[nearest[place]]].id}, at distance {distances[place]:.3f}"
+        reason = "copy of a selected row" if distances[place] < _SAME else "covered by a selected row"
+        if place in spared and distances[place] >= _SAME:
+            reason, detail = "not necessary", f"initial answer scores {spared[place]:g}; {detail}"
+        decisions.drop(good[place], reason, detail, "covered")
     if config.k is not None and len(chosen) < config.k and config.radius is None:
         LOG.warning("k=%d, but only %d different rows passed the quality threshold", config.k, len(chosen))
     radius = float(distances.max())
@@ -398,7 +397,7 @@ def add_necessary(
     from alignkit.core.journal import Journal
     from alignkit.reporting.selection_audit import score_histogram
     from alignkit.scoring.diversity import extend_cover
-    from alignkit.training.initial_model import answer_by_initial_model
+    from alignkit.training.initial_model import answer_by_initial_model, score_answers
 
     artifact = decisions.artifact
     answers = answer_by_initial_model(
@@ -410,30 +409,26 @@ def add_necessary(
         config.sampling,
     )
     limit = config.necessity.threshold if config.necessity.threshold is not None else threshold
-    answered = [place for place, row in enumerate(good) if answers.get(row.id, "").strip()]
-    candidates = [
-        good[place].model_copy(update={"output": answers[good[place].id], "scores": {}}) for place in answered
-    ]
     with Journal(artifact.work_folder / "necessity.jsonl", artifact.fingerprint) as journal:
-        scores = {place: score for place, (score, _) in zip(answered, scorer.score(candidates, journal), strict=True)}
-    unanswered = [place for place, row in enumerate(good) if row.id in answers and place not in scores]
-    necessary = {place for place, score in scores.items() if score is None or score < limit} | set(unanswered)
+        scores = score_answers(good, answers, scorer, journal)
+    necessary = [place for place, score in scores.items() if score is None or score < limit]
     assert config.k is not None
-    chosen = extend_cover(vectors, seeds, sorted(necessary), config.k)
-    for place in chosen[len(seeds) :]:
-        decisions.by_row[good[place].id] = "necessary"
+    chosen = extend_cover(vectors, seeds, necessary, config.k)
+    decisions.by_row |= {good[place].id: "necessary" for place in chosen[len(seeds) :]}
     needed = len(chosen) - len(seeds)
     chosen = extend_cover(vectors, chosen, range(len(good)), config.k)
+    for place in chosen:
+        decisions.by_row.setdefault(good[place].id, "seed")
     decisions.step("necessity", len(chosen))
     known = {place: score for place, score in scores.items() if score is not None}
     artifact.metrics["necessity"] = {
-        "answered": len(answers),
-        "not_scored": len(answers) - len(known),
+        "answered": len(scores),
+        "no_score": len(scores) - len(known),
         "necessary": len(necessary),
         "chosen": needed,
         "filled_up": len(chosen) - len(seeds) - needed,
     }
-    spared = {place: score for place, score in known.items() if place not in necessary}
+    spared = {place: score for place, score in known.items() if score >= limit}
     selected = [known[place] for place in chosen if place in known]
     histogram = score_histogram(list(known.values()), selected, limit, config.quality.scorer.name) if known else None
     return chosen, spared, histogram and histogram | {"model": config.model.name}
@@ -443,12 +438,9 @@ def compare_strategies(
     config: SelectConfig, scored: Sequence[QAExample], threshold: float, artifact: Artifact
 ) -> dict[str, Any]:
     """Train on what each strategy selects of the same scored rows, with every seed, and compare the adapters."""
-    from alignkit.core.steps import describe, execute, hand_over
-    from alignkit.evaluation.strategies import Trial, read_trials, steps_of
+    from alignkit.evaluation.strategies import Trial, run_trial
 
     assert config.k is not None
-    home = artifact.folder / "compare"
-    hand_over(home / "pool.jsonl", scored)
     # At the border of a quantile rows stay, above a threshold they must be: the next lower number makes that one rule.
     border = math.nextafter(threshold, -math.inf) if config.quality.quantile is not None else threshold
     quality = replace(config.quality, quantile=None, threshold=border, reuse=True)
@@ -456,7 +448,7 @@ def compare_strategies(
     if necessity.threshold is None:
         necessity = replace(necessity, threshold=threshold)
     trial = Trial(
-        home=home,
+        home=artifact.folder / "compare",
         strategies=config.compare,
         seeds=range(config.seed, config.seed + config.compare_seeds),
         k=config.k,
@@ -473,10 +465,7 @@ def compare_strategies(
         answering={"sampling": config.sampling},
         teaching={"teacher": config.teacher},
     )
-    steps = steps_of(trial)
-    for number, (step, _) in enumerate(execute(steps, config.workers, home), start=1):
-        LOG.info("[%d/%d] %s", number, len(steps), describe(step))
-    comparison = read_trials(trial)
+    comparison = run_trial(trial, scored, config.workers)
     rows = {each["name"]: each["rows"] for each in comparison["strategies"]}
     artifact.check("equal budgets", len({tuple(each) for each in rows.values()}) == 1, f"rows by seed: {rows}")
     artifact.metrics["comparison"] = comparison
@@ -484,22 +473,6 @@ def compare_strategies(
         f"{each['name']} {each['scores']['exact_match']['mean']:.3f}" for each in comparison["strategies"]
     )
     return {"strategy": "compare", "rows_selected": config.k, "comparison": comparison}
-
-
-def describe_scores(
-    config: SelectConfig,
-    scored: Sequence[QAExample],
-    selected: Sequence[QAExample],
-    threshold: float,
-    artifact: Artifact,
-) -> dict[str, Any]:
-    """The part of the audit about quality: how all rows scored, and those selected."""
-    from alignkit.reporting.selection_audit import score_histogram
-
-    qualities = [row.scores["quality"] for row in scored]
-    kept = [row.scores["quality"] for row in selected]
-    artifact.metrics["quality"] = {"mean": fmean(qualities), "median": median(qualities), "threshold": threshold}
-    return score_histogram(qualities, kept, threshold, config.quality.scorer.name)
 
 
 def write_selected(

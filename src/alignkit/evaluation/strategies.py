@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import Any
 
 from alignkit.core.artifact import read_manifest
 from alignkit.core.config import RowsConfig
-from alignkit.core.steps import Step, connect, make_step_in, settings
+from alignkit.core.records import QAExample
+from alignkit.core.steps import Step, connect, describe, execute, hand_over, make_step_in, settings
 from alignkit.data.jsonl import read_records
 from alignkit.evaluation.predictions import SCORES, Prediction, compare, summarise
+
+LOG = logging.getLogger("alignkit")
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,15 @@ class Trial:
     training: Mapping[str, Any]
     answering: Mapping[str, Any]
     teaching: Mapping[str, Any]
+
+
+def run_trial(trial: Trial, pool: Sequence[QAExample], workers: int) -> dict[str, Any]:
+    """Select, train and examine with every strategy and seed, and compare; what is done already is not done again."""
+    hand_over(trial.home / "pool.jsonl", pool)
+    steps = steps_of(trial)
+    for number, (step, _) in enumerate(execute(steps, workers, trial.home), start=1):
+        LOG.info("[%d/%d] %s", number, len(steps), describe(step))
+    return read_trials(trial)
 
 
 def steps_of(trial: Trial) -> list[Step]:

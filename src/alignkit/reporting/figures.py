@@ -209,7 +209,7 @@ def _fold(title: str, width: int) -> str:
 
 
 def _percent(value: float, place: int | None = None) -> str:
-    return f"{100 * value:.0f} %"
+    return f"{100 * value:.3g} %"
 
 
 def _signed(value: float, place: int | None = None) -> str:

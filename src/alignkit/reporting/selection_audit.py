@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,18 @@ class Decisions:
         for place in order:
             self.by_row.setdefault(rows[place].id, "selected")
         return [with_scores(rows[place], rank=rank[place]) for place in sorted(rank)]
+
+    def quality(
+        self, scored: Sequence[QAExample], selected: Sequence[QAExample], threshold: float, scorer: str
+    ) -> dict[str, Any]:
+        """How all rows scored, and those selected; mean and median go to the manifest."""
+        qualities = [row.scores["quality"] for row in scored]
+        self.artifact.metrics["quality"] = {
+            "mean": fmean(qualities),
+            "median": median(qualities),
+            "threshold": threshold,
+        }
+        return score_histogram(qualities, [row.scores["quality"] for row in selected], threshold, scorer)
 
     def publish(self, audit: Mapping[str, Any], title: str) -> Path:
         """Write the audit, completed by what was recorded here, and the page that shows it; returns the page."""

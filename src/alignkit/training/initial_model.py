@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.core.config import RowsConfig
+from alignkit.core.journal import Journal
 from alignkit.core.records import CompletionSet, QAExample
 from alignkit.core.steps import connect, describe, execute, hand_over, make_step_in, settings
 from alignkit.data.jsonl import read_records
+from alignkit.scoring.quality import RowScorer
 
 LOG = logging.getLogger("alignkit")
 
@@ -43,3 +45,12 @@ def answer_by_initial_model(
         LOG.info("%s", describe(step))
     answered = read_records(RowsConfig(path=str(home / "sample" / "completions.jsonl")), CompletionSet)
     return {row.id: row.completions[0].text if row.completions[0].finished else "" for row in answered}
+
+
+def score_answers(
+    rows: Sequence[QAExample], answers: Mapping[str, str], scorer: RowScorer, journal: Journal
+) -> dict[int, float | None]:
+    """Place of each answered row -> how good the initial model's answer is; None for an empty one, or without score."""
+    answered = [place for place, row in enumerate(rows) if row.id in answers]
+    changed = [rows[place].model_copy(update={"output": answers[rows[place].id], "scores": {}}) for place in answered]
+    return {place: score for place, (score, _) in zip(answered, scorer.score(changed, journal), strict=True)}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import BaseModel
 
 from alignkit.core.records import Dropped, QAExample
@@ -43,19 +41,18 @@ def read_question(raw: RawRow) -> QAExample | Dropped:
 def read_seed_task(raw: RawRow) -> QAExample | Dropped:
     """A Self-Instruct seed task (Wang et al., 2022, arXiv 2212.10560), with its first instance.
 
-    What is a classification there is judgmental here.
+    Whether it is judgmental is not known: a classification there may ask for yes or no, or for any other label.
     """
     task = raw.record(_SeedTask)
     if not task.instances:
         return raw.drop("no instance")
     first = task.instances[0]
-    kinds: dict[bool | None, Literal["judgmental", "non_judgmental"]] = {True: "judgmental", False: "non_judgmental"}
     example = QAExample(
         id=raw.id,
         instruction=task.instruction,
         input=first.input,
         output=first.output,
-        kind=kinds.get(task.is_classification),
+        kind="non_judgmental" if task.is_classification is False else None,
         source="self-instruct",
     )
     return _usable(raw, example)
