@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from alignkit.core.app import accept_leading_plus, load_config, split_flags
+from alignkit.core.app import accept_leading_plus, bracket_lists, load_config, split_flags
 from alignkit.core.config import StageConfig
 from alignkit.core.errors import UserError
 from alignkit.core.help import stage_keys
@@ -168,3 +168,27 @@ print(*[name for name in heavy if name in sys.modules])
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        (["compare=random,mods"], ["compare=[random,mods]"]),
+        (["+compare=random"], ["+compare=[random]"]),
+        (["held_out=a.jsonl", "k=2"], ["held_out=[a.jsonl]", "k=2"]),
+        (["sampling.temperature=0.5,1"], ["sampling.temperature=[0.5,1]"]),
+        (["compare=[random,mods]", "also=", "also=null"], ["compare=[random,mods]", "also=", "also=null"]),
+        (["compare=${other}", "also='a,b'", 'also="a,b"'], ["compare=${other}", "also='a,b'", 'also="a,b"']),
+        (["run=a,b", "seed=1,2", "data.path=a,b"], ["run=a,b", "seed=1,2", "data.path=a,b"]),
+    ],
+)
+def test_lists_need_no_brackets(given: list[str], written: list[str]) -> None:
+    assert bracket_lists("select", given) == written
+
+
+def test_lists_without_brackets_arrive() -> None:
+    given = ["compare=random,mods", "also=my rows.jsonl", "held_out=runs/a-b_c.jsonl,x.jsonl"]
+    config: Any = load_config("select", given)
+    assert config.compare == ["random", "mods"]
+    assert config.also == ["my rows.jsonl"]
+    assert config.held_out == ["runs/a-b_c.jsonl", "x.jsonl"]

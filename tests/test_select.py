@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from selecting import make_rows, refused, warnings, write
 
 from alignkit.core.app import load_config, run_command
 from alignkit.core.artifact import Artifact
@@ -17,7 +20,7 @@ from alignkit.core.records import Message, QAExample
 from alignkit.data.closed_world import World, answer
 from alignkit.data.words import words
 from alignkit.scoring.rules import broken_rules, read_verdict, repetition, rule_quality
-from alignkit.select import run
+from alignkit.select import check, run
 from alignkit.teacher.client import Usage
 
 Rows = list[dict[str, Any]]
@@ -104,20 +107,8 @@ def test_quality_falls_with_every_broken_rule() -> None:
 # -- the stage -------------------------------------------------------------------------------------------------------
 
 
-def make_rows(count: int) -> Rows:
-    world, rows = World(5), []
-    for number in range(count):
-        passage = world.passage()
-        question = world.ask(passage)
-        output = answer(passage.facts, question)
-        fields = {"instruction": passage.statement, "input": question.text, "output": output, "kind": question.kind}
-        rows.append({"id": f"row-{number}", **fields})
-    return rows
-
-
 def select(tmp_path: Path, rows: Rows, *overrides: str) -> Artifact:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path = write(tmp_path / "rows.jsonl", rows)
     config = load_config("select", [f"data.path={path}", f"output_dir={tmp_path / 'select'}", *overrides])
     return run(config)
 
@@ -225,3 +216,161 @@ def test_up_to_date_and_bad_k(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert select(tmp_path, make_rows(5), "k=2").up_to_date
     assert run_command("select", [f"data.path={tmp_path / 'rows.jsonl'}", f"output_dir={tmp_path / 'b'}", "k=0"]) == 2
     assert "k=0: must be at least 1" in capsys.readouterr().err
+
+
+# -- the pool ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_pool_of_files_of_several_formats(tmp_path: Path) -> None:
+    ours, (alpaca, *more) = make_rows(4), make_rows(6)[4:]
+    del alpaca["id"]
+    instances = [{"input": "one two", "output": "Three."}]
+    tasks = [
+        {"id": "task-1", "instruction": "Go on counting.", "instances": instances, "is_classification": False},
+        {"id": "task-2", "instruction": "Count.", "instances": []},
+    ]
+    (tmp_path / "alpaca.json").write_text(json.dumps([alpaca]), encoding="utf-8")
+    prompts = [{"prompt": "Say hello.\n\n###", "completion": " Hello to you.<|endoftext|>"}]
+    answers = [{"id": "p", "instruction": "Write a poem.", "response": "Roses are red.\n", "model": "x"}]
+    also = [tmp_path / "alpaca.json"]
+    for name, rows in (("tasks", tasks), ("prompts", prompts), ("answers", answers), ("ours", more)):
+        also.append(tmp_path / f"{name}.jsonl")
+        also[-1].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    artifact = select(tmp_path, ours, f"also=[{','.join(str(path) for path in also)}]", "data.limit=3")
+    outputs = {row["id"]: row["output"] for row in read(artifact, "selected.jsonl")}
+    assert outputs == {
+        **{row["id"]: row["output"] for row in (*ours[:3], *more)},
+        "alpaca-1": alpaca["output"],
+        "task-1": "Three.",
+        "prompts-1": "Hello to you.",
+        "p": "Roses are red.",
+    }
+    (dropped,) = read(artifact, "dropped.jsonl")
+    assert (dropped["reason"], dropped["row"]["id"]) == ("no instance", "task-2")
+    assert artifact.metrics["rows_read"] == 9
+    assert [entry["key"] for entry in artifact.inputs] == ["data.path", *(f"also[{number}]" for number in range(5))]
+
+
+def test_personal_data_is_flagged_in_the_rows_and_counted(tmp_path: Path) -> None:
+    rows = make_rows(4)
+    rows[1]["output"] += " Write to anna.torv@posteo.de for more."
+    artifact = select(tmp_path / "flag", rows)
+    assert {row["id"]: row.get("flags") for row in read(artifact, "selected.jsonl")}["row-1"] == ["e-mail address"]
+    assert sum("flags" in row for row in read(artifact, "selected.jsonl")) == 1
+    assert artifact.metrics["flagged"] == {"e-mail address": 1}
+    artifact = select(tmp_path / "drop", rows, "hygiene.personal_data=drop")
+    assert artifact.dropped == {"personal data": 1}
+    assert "flagged" not in artifact.metrics
+
+
+def test_held_out_rows_are_not_selected(tmp_path: Path) -> None:
+    rows = make_rows(8)
+    held_out = tmp_path / "held_out.jsonl"
+    other = {**rows[5], "id": "h-5", "input": rows[5]["input"].replace("?", " now?")}
+    taken = [{**rows[2], "id": "h-2", "output": "Unknown."}, other]
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in taken), encoding="utf-8")
+    artifact = select(tmp_path / "words", rows, f"held_out=[{held_out}]")
+    details = {row["row"]["id"]: (row["reason"], row["detail"]) for row in read(artifact, "dropped.jsonl")}
+    assert details["row-2"] == ("in the evaluation data", "holds 100% of evaluation row h-2")
+    off = ["hygiene.contamination_words=null", f"held_out=[{held_out}]"]
+    assert len(read(select(tmp_path / "off", rows, *off), "selected.jsonl")) == 8
+    artifact = select(tmp_path / "vectors", rows, *off, "embedding.held_out_similarity=0.9")
+    details = {row["row"]["id"]: (row["reason"], row["detail"]) for row in read(artifact, "dropped.jsonl")}
+    assert details["row-2"] == ("similar to the evaluation data", "h-2: cosine 1.000")
+    assert details["row-5"][1].startswith("h-5: cosine 0.9")
+    assert set(details) == {"row-2", "row-5"}
+    assert len(read(artifact, "selected.jsonl")) == 6
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["strategy=best"], "strategy: "),
+        (["radius=0.5", "strategy=mods", "k=2"], "radius=0.5: is for strategy=coverage; with strategy=mods give k"),
+        (["radius=-1"], "radius=-1.0: a distance is not negative"),
+        (["strategy=mods"], "k: strategy=mods and compare need a number of rows"),
+        (["strategy=random"], "k: strategy=random and compare need"),
+        (["compare=random,quality"], "k: strategy=coverage and compare need a number of rows"),
+        (["quality.threshold=5", "quality.quantile=0.5"], "quality.threshold and quality.quantile: give one of them"),
+        (["quality.scorer=reward"], "quality.reward: name the model"),
+        (["quality.scorer=reward", "quality.reward=runs/gone"], "quality.reward=runs/gone: no such file or folder"),
+        (["necessity.share=1", "strategy=mods", "k=2"], "necessity.share=1.0: must lie between 0 and 1"),
+        (["sampling.n=2", "strategy=mods", "k=2"], "sampling.n=2: the initial model answers once"),
+        (["compare=random,best", "k=2"], "compare=random,best: name two or more different ones of coverage, mods"),
+        (["compare=random", "k=2"], "compare=random: name two or more"),
+        (["compare=random,random", "k=2"], "compare=random,random: name two or more different ones"),
+        (["compare=random,quality", "k=2"], "held_out: compare needs exactly one file of held-out questions"),
+        (["also=gone.jsonl"], "also[0]=gone.jsonl: no such file or folder"),
+        (["held_out=gone.jsonl"], "held_out[0]=gone.jsonl: no such file or folder"),
+        (["embedding.held_out_similarity=2"], "embedding.held_out_similarity=2.0: must lie above 0"),
+        (["hygiene.near_duplicates=0"], "hygiene.near_duplicates=0.0: must lie above 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
+) -> None:
+    assert message in refused(tmp_path, make_rows(3), overrides, capsys)
+    assert not (tmp_path / "select" / "manifest.json").exists()
+
+
+def test_one_id_in_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "more.jsonl").write_text(json.dumps(make_rows(2)[1]) + "\n", encoding="utf-8")
+    said = refused(tmp_path, make_rows(2), [f"also={tmp_path / 'more.jsonl'}"], capsys)
+    assert "more.jsonl: id 'row-1' is also in " in said
+    assert "rename the file or the ids" in said
+
+
+@pytest.mark.parametrize("strategy", ["coverage", "random", "quality"])
+def test_one_row(tmp_path: Path, strategy: str) -> None:
+    artifact = select(tmp_path, make_rows(1), f"strategy={strategy}", "k=1")
+    (row,) = read(artifact, "selected.jsonl")
+    assert row["scores"] == ({"rank": 1.0} if strategy == "random" else {"quality": 10.0, "rank": 1.0})
+    assert artifact.metrics.get("coverage_radius", 0) == 0
+
+
+@pytest.mark.parametrize(("strategy", "kept"), [("coverage", 1), ("random", 4), ("quality", 4)])
+def test_all_rows_equal(tmp_path: Path, strategy: str, kept: int) -> None:
+    rows = [make_rows(1)[0] | {"id": f"row-{number}"} for number in range(6)]
+    options = ["hygiene.exact_duplicates=false", "hygiene.near_duplicates=null", f"strategy={strategy}", "k=4"]
+    assert len(read(select(tmp_path / "off", rows, *options), "selected.jsonl")) == kept
+    artifact = select(tmp_path / "on", rows, f"strategy={strategy}", "k=4")
+    assert [row["id"] for row in read(artifact, "selected.jsonl")] == ["row-0"]
+    assert artifact.dropped == {"exact duplicate": 5}
+
+
+@pytest.mark.parametrize("strategy", ["coverage", "random", "quality"])
+def test_fewer_rows_than_asked_for_are_a_warning(tmp_path: Path, strategy: str) -> None:
+    with warnings() as said:
+        artifact = select(tmp_path, make_rows(3), f"strategy={strategy}", "k=9")
+    assert len(read(artifact, "selected.jsonl")) == 3
+    assert any(line.startswith("k=9") and "3" in line for line in said)
+
+
+def test_a_radius_means_nothing_in_a_comparison(tmp_path: Path) -> None:
+    path = tmp_path / "held.jsonl"
+    path.write_text(json.dumps(make_rows(1)[0]) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match="radius"):
+        check(load_config("select", ["radius=0.5", "k=2", "compare=random,quality", f"held_out={path}"]))
+
+
+def test_vectors_of_another_size_in_the_cache_are_made_again(tmp_path: Path) -> None:
+    """The cache is keyed by model and text; a vector cut short under its key is not taken."""
+    from tiny_encoders import encoder_settings, save_encoder, word_tokenizer
+    from transformers import BertConfig, BertModel
+
+    model = save_encoder(tmp_path / "bert", BertModel, BertConfig(**encoder_settings()), word_tokenizer())
+    cache = tmp_path / "cache.sqlite"
+    options = ["k=3", f"embedding.model={model}", f"embedding.cache={cache}"]
+    first = select(tmp_path, make_rows(8), *options)
+    chosen = read(first, "selected.jsonl")
+    with closing(sqlite3.connect(cache)) as database, database:
+        assert database.execute("SELECT count(*) FROM vectors").fetchone() == (8,)
+        database.execute("UPDATE vectors SET vector = substr(vector, 1, 68)")  # 16 numbers and a checksum
+    with warnings() as said:
+        again = select(tmp_path, make_rows(8), *options, "force=true")
+    assert "8 vectors are damaged or of another size and are computed again" in "\n".join(said)
+    assert read(again, "selected.jsonl") == chosen
+    assert any(entry["key"] == "embedding.model" for entry in again.inputs)

@@ -171,6 +171,45 @@ def test_questions_need_no_answer(tmp_path: Path) -> None:
     assert "no format that fits here" in message_of(lambda: read_examples(rows))
 
 
+def test_a_models_answers_as_self_instruct_evaluates_them(tmp_path: Path) -> None:
+    rows = [
+        {"id": "u-1", "instruction": "Add.", "input": "1 2", "response": "\n\n3\n", "target": "4", "model": "x"},
+        {"instruction": "Sing.", "response": ""},
+        {"instruction": " ", "input": "", "response": "a"},
+    ]
+    questions, (dropped,) = read_questions(rows_of(tmp_path / "predictions.jsonl", rows))
+    found = [(row.id, row.instruction, row.input, row.output, row.kind) for row in questions]
+    assert found == [("u-1", "Add.", "1 2", "3", None), ("predictions-2", "Sing.", "", "", None)]
+    assert dropped.reason == "empty question"
+    examples, (_, unanswered) = read_examples(rows_of(tmp_path / "again.jsonl", rows[:2] + rows[1:2]))
+    assert [example.completion[0].content for example in examples] == ["3"]
+    assert unanswered.reason == "empty answer"
+    wrong = rows_of(tmp_path / "wrong.jsonl", [{"instruction": "Add.", "response": 3}])
+    assert "wrong.jsonl:1: response" in message_of(lambda: read_questions(wrong))
+
+
+@pytest.mark.parametrize(
+    ("completion", "output"),
+    [
+        (" Hello.<|endoftext|>", "Hello."),
+        (" Hello.\n<|endoftext|> \n", "Hello."),
+        ("Hello.", "Hello."),
+        ("a <|endoftext|> b", "a <|endoftext|> b"),
+        ("<|endoftext|>", ""),
+    ],
+)
+def test_prompts_and_completions_as_gpt_3_was_tuned_on(tmp_path: Path, completion: str, output: str) -> None:
+    rows = rows_of(tmp_path / "prompts.jsonl", [{"prompt": "Say hello.\n\n", "completion": completion}])
+    ((row,), _) = read_questions(rows)
+    assert (row.id, row.instruction, row.input, row.output) == ("prompts-1", "Say hello.", "", output)
+
+
+def test_turns_are_no_prompt_text(tmp_path: Path) -> None:
+    """Chat examples have the same two fields: what is to be learnt from them is read, a question is not made up."""
+    rows = rows_of(tmp_path / "chat.jsonl", [{"id": "c", "prompt": ASKED, "completion": [ANSWER]}])
+    assert "chat.jsonl:1: prompt" in message_of(lambda: read_questions(rows))
+
+
 def test_made_ids_count_from_the_beginning_of_the_file(tmp_path: Path) -> None:
     """Two stages that share one file by skip and limit see the same row under the same id."""
     rows = rows_of(tmp_path / "a.jsonl", [{"instruction": f"{n}", "output": "x"} for n in range(5)])

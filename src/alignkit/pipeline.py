@@ -36,7 +36,7 @@ from alignkit.core.config import StageConfig
 from alignkit.core.errors import UserError
 from alignkit.core.help import stage_keys
 from alignkit.core.stages import default_groups
-from alignkit.core.steps import Step, connect, describe, execute, make_step
+from alignkit.core.steps import Step, connect, describe, execute, make_step, quoted
 
 
 @dataclass
@@ -137,8 +137,7 @@ def fill(override: str, variables: Mapping[str, str]) -> str:
     """Put the variables into an override, quoted where Hydra would otherwise read them as more than text."""
     for name, value in variables.items():
         plain = re.fullmatch(r"[\w./:+@-]*", value)
-        quoted = value if plain else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-        override = override.replace(f"{{{name}}}", quoted)
+        override = override.replace(f"{{{name}}}", value if plain else quoted(value))
     return override
 
 

@@ -15,7 +15,7 @@ seeds, and compares the adapters on held-out questions. All that takes long is r
 
 Reads:   data.path, also           question-answer rows with answers, of any format that alignkit reads
          held_out                  evaluation files: rows that are in them are dropped (compare: the questions to ask)
-Writes:  selected.jsonl            the rows chosen, in input order, with scores.quality and scores.rank (from 1)
+Writes:  selected.jsonl            the rows chosen, in input order, with scores.quality and scores.rank
          dropped.jsonl             every other row and why
          selection.json, .html     what was decided, and a page to look at it: map, scores, coverage, examples
          initial/                  with strategy=mods: the initial model and its answers
@@ -33,7 +33,7 @@ Overrides people use:
 Examples:
   python -m alignkit.select run=demo k=300
   python -m alignkit.select data.path=mine.jsonl k=2000
-  python -m alignkit.select +model=qwen7b data.path=mine.jsonl k=2000 strategy=mods quality.scorer=judge teacher=openai
+  python -m alignkit.select +model=qwen7b k=2000 strategy=mods quality.scorer=judge teacher=vllm teacher.model=<model>
   python -m alignkit.select data.path=mine.jsonl k=100 'held_out=[test.jsonl]' compare=random,quality,mods
 """
 
@@ -101,7 +101,7 @@ class SelectConfig(StageConfig):
 
     inputs: ClassVar[tuple[str, ...]] = (
         *("data.path", "also", "held_out", "quality.reward", "quality.classifier"),
-        *("embedding.checkpoint", "model.path"),
+        *("embedding.model", "model.path"),
     )
     incidental: ClassVar[tuple[str, ...]] = (
         *StageConfig.incidental,
@@ -152,24 +152,20 @@ def run(config: SelectConfig) -> Artifact:
         decisions = Decisions(artifact)
         rows, held_out = read_pool(config, decisions)
         clean = cleanse(config, rows, held_out, decisions)
-        scorer = RowScorer(config.quality, config.teacher)
-        scored, threshold = score(config, clean, scorer, decisions)
-        audit: dict[str, Any] = {}
-        selected: list[QAExample] = []
-        if config.compare:
-            audit |= compare_strategies(config, scored, threshold, artifact)
-        elif config.strategy is Strategy.random:
-            selected = draw(config, scored, decisions)
+        if config.strategy is Strategy.random and not config.compare:
+            audit = write_selected(config, rows, draw(config, clean, decisions), decisions)
         else:
-            good = keep_good(config, scored, threshold, decisions)
-            if config.strategy is Strategy.quality:
-                selected = best_of(config, good, decisions)
+            scorer = RowScorer(config.quality, config.teacher)
+            scored, threshold = score(config, clean, scorer, decisions)
+            selected: list[QAExample]
+            if config.compare:
+                selected = []
+                audit = compare_strategies(config, scored, threshold, artifact)
             else:
-                selected, found = cover(config, good, scorer, threshold, decisions)
-                audit |= found
-        if not config.compare:
-            audit |= write_selected(config, rows, selected, decisions)
-        audit["quality"] = decisions.quality(scored, selected, threshold, config.quality.scorer.name)
+                good = keep_good(config, scored, threshold, decisions)
+                selected, found = choose(config, good, scorer, threshold, decisions)
+                audit = found | write_selected(config, rows, selected, decisions)
+            audit["quality"] = decisions.quality(scored, selected, threshold, config.quality.scorer.name)
         audit = {"strategy": config.strategy.name, "k": config.k, **audit}
         page = decisions.publish(audit, f"Selection of the run {config.run}")
         LOG.info("the page to look at: %s", page)
@@ -182,10 +178,9 @@ def check(config: SelectConfig) -> None:
         raise UserError(f"k={config.k}: must be at least 1, or null to keep every row of good quality")
     if config.radius is not None and config.radius < 0:
         raise UserError(f"radius={config.radius}: a distance is not negative")
-    if config.radius is not None and config.strategy is not Strategy.coverage:
-        raise UserError(
-            f"radius={config.radius}: is for strategy=coverage; with strategy={config.strategy.name} give k"
-        )
+    if config.radius is not None and (config.compare or config.strategy is not Strategy.coverage):
+        what = "compare" if config.compare else f"strategy={config.strategy.name}"
+        raise UserError(f"radius={config.radius}: is for strategy=coverage; with {what} give k")
     if config.k is None and (config.compare or config.strategy is not Strategy.coverage):
         raise UserError(f"k: strategy={config.strategy.name} and compare need a number of rows; add k=...")
     if not 0 < config.necessity.share < 1:
@@ -282,7 +277,10 @@ def score(
         else:
             scored.append(with_scores(row, quality=quality))
     if not scored:
-        raise UserError(f"none of {len(rows)} rows has a quality; {artifact.folder}/dropped.jsonl says why")
+        raise UserError(
+            f"none of {len(rows)} rows has a quality, the first because: {scores[0][1]}. "
+            f"{artifact.folder}/dropped.jsonl has the others; quality.scorer says who scores"
+        )
     if scorer.usage is not None:
         artifact.metrics |= {"teacher": config.teacher.model, "usage": asdict(scorer.usage)}
     return scored, config.quality.resolve_threshold([row.scores["quality"] for row in scored])
@@ -301,7 +299,7 @@ def keep_good(
             good.append(row)
             continue
         broken = broken_by(row, config.quality)
-        reason = broken[0] if broken else f"{config.quality.scorer.name} score too low"
+        reason = broken[0] if broken else f"{config.quality.source} score too low"
         detail = ", ".join([f"{quality:g}, threshold {threshold:g}", *broken])
         decisions.drop(row, reason, detail, "poor quality")
     if not good:
@@ -311,6 +309,18 @@ def keep_good(
         )
     decisions.step("quality", len(good))
     return good
+
+
+def choose(
+    config: SelectConfig, good: Sequence[QAExample], scorer: RowScorer, threshold: float, decisions: Decisions
+) -> tuple[list[QAExample], dict[str, Any]]:
+    """The rows that the strategy takes of the good ones, and its part of the audit."""
+    if config.strategy is Strategy.quality:
+        return best_of(config, good, decisions), {}
+    if config.k is None and config.radius is None:
+        decisions.by_row |= {row.id: "selected" for row in good}
+        return list(good), {}
+    return cover(config, good, scorer, threshold, decisions)
 
 
 def draw(config: SelectConfig, rows: Sequence[QAExample], decisions: Decisions) -> list[QAExample]:
@@ -343,9 +353,6 @@ def cover(
     from alignkit.scoring.diversity import k_center, nearest_centres
     from alignkit.scoring.row_embedding import embed_rows
 
-    if config.k is None and config.radius is None:
-        decisions.by_row |= {row.id: "selected" for row in good}
-        return list(good), {}
     vectors = embed_rows(good, config.embedding)
     best = max(range(len(good)), key=lambda place: good[place].scores["quality"])
     wanted = None if config.k is None else min(config.k, len(good))
@@ -365,8 +372,6 @@ def cover(
         if place in spared and distances[place] >= _SAME:
             reason, detail = "not necessary", f"initial answer scores {spared[place]:g}; {detail}"
         decisions.drop(good[place], reason, detail, "covered")
-    if config.k is not None and len(chosen) < config.k and config.radius is None:
-        LOG.warning("k=%d, but only %d different rows passed the quality threshold", config.k, len(chosen))
     radius = float(distances.max())
     decisions.artifact.metrics["coverage_radius"] = round(radius, 4)
     audit["coverage"] = {
@@ -441,6 +446,9 @@ def compare_strategies(
     from alignkit.evaluation.strategies import Trial, run_trial
 
     assert config.k is not None
+    passing = sum(config.quality.passes(row.scores["quality"], threshold) for row in scored)
+    if passing < config.k:
+        raise UserError(f"k={config.k}: only {passing} rows pass quality.threshold={threshold:g}; compare fewer")
     # At the border of a quantile rows stay, above a threshold they must be: the next lower number makes that one rule.
     border = math.nextafter(threshold, -math.inf) if config.quality.quantile is not None else threshold
     quality = replace(config.quality, quantile=None, threshold=border, reuse=True)
@@ -483,6 +491,8 @@ def write_selected(
     from alignkit.scoring.row_embedding import embed_rows
 
     artifact = decisions.artifact
+    if config.k is not None and len(selected) < config.k and config.radius is None:
+        LOG.warning("k=%d, but there are only %d different rows to choose from", config.k, len(selected))
     artifact.write_rows("selected.jsonl", selected)
     read = decisions.funnel[0]["rows"]
     accounted = len(selected) + artifact.dropped.total()

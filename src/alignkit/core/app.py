@@ -13,6 +13,8 @@ import re
 import shlex
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,6 +44,9 @@ LOG = logging.getLogger("alignkit")
 
 DONE, BUG, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: done or up to date; a bug; something the user can mend; interrupted with its state saved."""
+
+PARENT = "ALIGNKIT_PARENT"
+"""Environment variable: the process that runs this stage as one of its steps; when it is gone, the step ends, too."""
 
 _FLAGS_WITH_VALUE = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--shell-completion", "-sc")
 _HYDRA_FLAGS = (*_FLAGS_WITH_VALUE, "--resolve", "--hydra-help", "-m", "--multirun")
@@ -375,7 +380,16 @@ def _command_process() -> Iterator[None]:
         raise KeyboardInterrupt
 
     previous = signal.signal(signal.SIGTERM, stop)
+    if os.environ.get(PARENT) == str(os.getppid()):
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _end_with_parent(parent: int) -> None:
+    """End as by Ctrl-C when the parent has been killed: its successor would find this one still at work."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)

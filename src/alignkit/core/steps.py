@@ -7,6 +7,7 @@ resumes after a kill where its steps do.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from alignkit.core.app import load_config
+from alignkit.core.app import PARENT, load_config
 from alignkit.core.artifact import Artifact, input_paths, read_manifest
 from alignkit.core.config import StageConfig
 from alignkit.core.errors import UserError
@@ -71,6 +72,17 @@ def settings(key: str, value: Any) -> list[str]:
     if is_dataclass(value):
         return [each for part in fields(value) for each in settings(f"{key}.{part.name}", getattr(value, part.name))]
     return [f"{key}={_literal(value)}"]
+
+
+def quoted(text: str) -> str:
+    """A text as a quoted value of Hydra's override grammar.
+
+    There backslashes stand for themselves, but for those before a quotation mark; `${` would be looked up, unless a
+    backslash stands before it.
+    """
+    text = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", text)
+    text = re.sub(r'(\\*)"', lambda found: found[1] * 2 + '\\"', text)
+    return '"' + re.sub(r"\\+$", lambda found: found[0] * 2, text) + '"'
 
 
 def hand_over(path: Path, rows: Iterable[BaseModel]) -> None:
@@ -126,7 +138,7 @@ def describe(step: Step) -> str:
 def _start(step: Step, workers: int, logs: Path) -> subprocess.Popen[bytes]:
     """Start a step as the command a user would type; its output goes to a file in `logs`."""
     threads = max(1, (os.cpu_count() or 1) // workers)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", PARENT: str(os.getpid())}
     logs.mkdir(parents=True, exist_ok=True)
     with _log_file(step, logs).open("wb") as log:
         command = [sys.executable, "-m", f"alignkit.{step.stage}", *step.overrides]
@@ -175,4 +187,4 @@ def _literal(value: Any) -> str:
         return repr(value)
     if isinstance(value, list):
         return "[" + ", ".join(_literal(each) for each in value) + "]"
-    return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return quoted(str(value))

@@ -12,6 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from alignkit.core.errors import UserError
 from alignkit.reporting.figures import NARROW, WIDE, Interval, intervals
 from alignkit.reporting.plain import one_line
@@ -23,7 +25,40 @@ AUDIT = "selection.json"
 
 Audit = Mapping[str, Any]
 
-_NEEDED = ("strategy", "rows_read", "rows_selected", "k", "funnel", "reasons")
+
+class _Step(BaseModel):
+    step: str
+    rows: int
+
+
+class _Reason(BaseModel):
+    reason: str
+    rows: int
+    examples: list[dict[str, str]]
+
+
+class _Scores(BaseModel):
+    edges: list[float]
+    counts: list[int]
+    selected: list[int]
+
+
+class _Map(BaseModel):
+    explained: tuple[float, float]
+    points: list[tuple[float, float, str, str]]
+
+
+class _Form(BaseModel):
+    strategy: str
+    rows_read: int
+    rows_selected: int
+    k: int | None
+    funnel: list[_Step]
+    reasons: list[_Reason]
+    quality: _Scores | None = None
+    necessity: _Scores | None = None
+    map: _Map | None = None
+
 
 _DECISIONS = {
     "selected": ("round", "kept"),
@@ -65,9 +100,12 @@ def read_audit(path: Path) -> dict[str, Any]:
         audit = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not the audit of alignkit select ({str(error).splitlines()[0]})") from error
-    missing = [key for key in _NEEDED if key not in audit] if isinstance(audit, dict) else list(_NEEDED)
-    if missing:
-        raise UserError(f"{path}: not the audit of alignkit select (it lacks {', '.join(missing)})")
+    try:
+        _Form.model_validate(audit)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path}: not the audit of alignkit select ({where}: {first['msg']})") from error
     return dict(audit)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
@@ -16,6 +17,8 @@ from alignkit.core.artifact import Artifact
 from alignkit.core.records import Dropped, QAExample
 from alignkit.reporting.plain import one_line
 from alignkit.reporting.selection import AUDIT, selection_page
+
+LOG = logging.getLogger("alignkit")
 
 PAGE = "selection.html"
 
@@ -53,7 +56,8 @@ class Decisions:
             examples.append({"id": str(row.get("id", "")), **texts, "detail": dropped.detail})
 
     def step(self, name: str, rows: int) -> None:
-        """Record how many rows are left after a step."""
+        """Record, and say, how many rows are left after a step."""
+        LOG.info("%-10s %d rows", name, rows)
         self.funnel.append({"step": name, "rows": rows})
 
     def ranked(self, rows: Sequence[QAExample], order: Sequence[int]) -> list[QAExample]:
@@ -77,7 +81,7 @@ class Decisions:
 
     def publish(self, audit: Mapping[str, Any], title: str) -> Path:
         """Write the audit, completed by what was recorded here, and the page that shows it; returns the page."""
-        whole = {"coverage": None, "necessity": None, "map": None, **audit}
+        whole = {"quality": None, "coverage": None, "necessity": None, "map": None, **audit}
         whole |= {"rows_read": self.funnel[0]["rows"], "funnel": self.funnel, "reasons": self.reasons()}
         self.artifact.write_text(AUDIT, json.dumps(whole, ensure_ascii=False, allow_nan=False) + "\n")
         return self.artifact.write_text(PAGE, selection_page(whole, title))
@@ -97,7 +101,9 @@ def score_histogram(
     scores: Sequence[float], selected: Sequence[float], threshold: float, scorer: str
 ) -> dict[str, Any]:
     """How often each range of scores occurs, among all rows and among those selected."""
-    edges = np.histogram_bin_edges(np.asarray(scores, np.float64), _BINS)
+    low, high = min(scores), max(scores)
+    wide = high - low > 1e-6 * max(1.0, abs(low), abs(high))
+    edges = np.linspace(low, high, _BINS + 1) if wide else np.linspace(low - 0.5, high + 0.5, _BINS + 1)
     return {
         "scorer": scorer,
         "threshold": threshold,
@@ -109,7 +115,9 @@ def score_histogram(
 
 def thinned(radii: Sequence[float]) -> list[list[float]]:
     """[centres, coverage radius] at about 200 of the numbers of centres, first and last among them."""
-    picked = np.unique(np.geomspace(1, len(radii), min(len(radii), _CURVE_POINTS)).round().astype(int))
+    if len(radii) <= _CURVE_POINTS:
+        return [[k, float(radius)] for k, radius in enumerate(radii, start=1)]
+    picked = np.unique(np.geomspace(1, len(radii), _CURVE_POINTS).round().astype(int))
     return [[int(k), float(radii[k - 1])] for k in picked]
 
 

@@ -71,6 +71,8 @@ class QualityConfig:
         """A value that can do nothing is refused, and a model that is not asked need not exist."""
         if self.threshold is not None and self.quantile is not None:
             raise UserError("quality.threshold and quality.quantile: give one of them")
+        if self.reuse and self.threshold is None and self.quantile is None:
+            raise UserError("quality.reuse=true: nothing tells on what scale the scores are; add quality.threshold=...")
         if self.quantile is not None and not 0 <= self.quantile < 1:
             raise UserError(f"quality.quantile={self.quantile}: must lie between 0 and 1 (0.25 leaves out a quarter)")
         for scorer, key in ((QualityScorer.reward, "reward"), (QualityScorer.classifier, "classifier")):
@@ -78,6 +80,11 @@ class QualityConfig:
                 setattr(self, key, "none")
             elif getattr(self, key) == "none":
                 raise UserError(f"quality.{key}: name the model, since quality.scorer={scorer.name}")
+
+    @property
+    def source(self) -> str:
+        """Whose scores they are, for a reason."""
+        return "earlier" if self.reuse else self.scorer.name
 
     def resolve_threshold(self, scores: Sequence[float]) -> float:
         """The threshold that applies to these scores."""
@@ -151,7 +158,7 @@ class RowScorer:
 
 def broken_by(row: QAExample, config: QualityConfig) -> list[str]:
     """The rules that a row breaks, the gravest first; none where no rules are asked."""
-    if config.scorer is not QualityScorer.rules:
+    if config.reuse or config.scorer is not QualityScorer.rules:
         return []
     return broken_rules(
         row, min_words=config.min_words, max_words=config.max_words, max_repetition=config.max_repetition

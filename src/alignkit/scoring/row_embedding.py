@@ -55,11 +55,6 @@ class EmbeddingConfig:
         if self.held_out_similarity is not None and not 0 < self.held_out_similarity <= 1:
             raise UserError(f"embedding.held_out_similarity={self.held_out_similarity}: must lie above 0, up to 1")
 
-    @property
-    def checkpoint(self) -> str:
-        """The model as an input of a stage; "none" for character n-grams."""
-        return "none" if self.model == CHARACTERS else self.model
-
 
 def embed_rows(rows: Sequence[QAExample], config: EmbeddingConfig) -> Vectors:
     """The chosen text of each row as a vector: float32 [len(rows), dimensions]."""
