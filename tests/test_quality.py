@@ -216,7 +216,7 @@ def test_a_quantile_in_the_stage_and_the_histogram_by_hand(tmp_path: Path) -> No
     bins = {0: 1, 5: 2, 10: 1, 15: 1, 19: 1}
     assert found["counts"] == [bins.get(number, 0) for number in range(20)]
     assert found["selected"] == [bins.get(number, 0) if number >= 10 else 0 for number in range(20)]
-    assert (found["threshold"], found["scorer"]) == (3.0, "rules")
+    assert (found["threshold"], found["scorer"]) == (3.0, "earlier")
 
 
 @pytest.mark.parametrize("form", ["NaN", "1e999", "parquet"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import subprocess
 import sys
+import time
 import typing
 from collections.abc import Iterator
 from enum import Enum
@@ -12,6 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
+import psutil
 import pytest
 
 from alignkit.core import steps
@@ -28,6 +31,7 @@ TEXTS = [
     "",
     " ",
     "plain",
+    "odd \\\n",
     "it's",
     'a "word"',
     'say \\"it\\"',
@@ -276,3 +280,23 @@ def test_a_real_step_is_the_command_a_user_would_type(tmp_path: Path) -> None:
     step = make_step("select", "select", [*settings("data.path", str(path)), f"output_dir={tmp_path / 'out'}"])
     with pytest.raises(UserError, match=r"step .*/select failed \(exit 2\): .*gone\.jsonl:1"):
         list(execute([step], 1, tmp_path / "logs"))
+
+
+STEP = "import time; from alignkit.core.app import guarded; raise SystemExit(guarded('step', lambda: time.sleep(60)))"
+PARENT_OF_STEP = f"""
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", {STEP!r}], env=os.environ | {{"ALIGNKIT_PARENT": str(os.getpid())}})
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_step_ends_when_its_parent_is_killed() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT_OF_STEP], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    step = psutil.Process(int(parent.stdout.readline()))
+    time.sleep(2)  # until it watches its parent
+    parent.kill()
+    parent.wait()
+    step.wait(timeout=10)  # raises when it is still there
+    assert not psutil.pid_exists(step.pid)

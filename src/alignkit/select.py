@@ -165,7 +165,7 @@ def run(config: SelectConfig) -> Artifact:
                 good = keep_good(config, scored, threshold, decisions)
                 selected, found = choose(config, good, scorer, threshold, decisions)
                 audit = found | write_selected(config, rows, selected, decisions)
-            audit["quality"] = decisions.quality(scored, selected, threshold, config.quality.scorer.name)
+            audit["quality"] = decisions.quality(scored, selected, threshold, config.quality.source)
         audit = {"strategy": config.strategy.name, "k": config.k, **audit}
         page = decisions.publish(audit, f"Selection of the run {config.run}")
         LOG.info("the page to look at: %s", page)

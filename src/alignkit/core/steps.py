@@ -82,7 +82,7 @@ def quoted(text: str) -> str:
     """
     text = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", text)
     text = re.sub(r'(\\*)"', lambda found: found[1] * 2 + '\\"', text)
-    return '"' + re.sub(r"\\+$", lambda found: found[0] * 2, text) + '"'
+    return '"' + re.sub(r"\\+\Z", lambda found: found[0] * 2, text) + '"'
 
 
 def hand_over(path: Path, rows: Iterable[BaseModel]) -> None:

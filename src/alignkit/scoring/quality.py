@@ -120,7 +120,7 @@ class RowScorer:
 
     def _score(self, rows: Sequence[QAExample], journal: Journal) -> list[Score]:
         if self.config.scorer is QualityScorer.rules:
-            broken = [broken_by(row, self.config) for row in rows]
+            broken = [_broken(row, self.config) for row in rows]
             return [(rule_quality(each), ", ".join(each) or None) for each in broken]
         from alignkit.data.chat import qa_prompt
 
@@ -158,8 +158,10 @@ class RowScorer:
 
 def broken_by(row: QAExample, config: QualityConfig) -> list[str]:
     """The rules that a row breaks, the gravest first; none where no rules are asked."""
-    if config.reuse or config.scorer is not QualityScorer.rules:
-        return []
+    return _broken(row, config) if config.scorer is QualityScorer.rules and not config.reuse else []
+
+
+def _broken(row: QAExample, config: QualityConfig) -> list[str]:
     return broken_rules(
         row, min_words=config.min_words, max_words=config.max_words, max_repetition=config.max_repetition
     )
