@@ -61,4 +61,4 @@ def test_the_command_that_needs_a_teacher_and_a_gpu_is_planned() -> None:
     steps = {step.name: step.config for step in plan(load_config("pipeline", overrides))}
     assert steps["expand"].data.path == "my_seeds.jsonl"  # type: ignore[attr-defined]
     assert steps["judge"].teacher.model == "some-model"  # type: ignore[attr-defined]
-    assert steps["dpo"].model.name == "qwen2_5_7b"  # type: ignore[attr-defined]
+    assert steps["dpo"].model.name == "qwen7b"  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import warnings
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 
 from alignkit.core.config import LoraConfig, ModelConfig, Quantization
 from alignkit.core.errors import UserError
+from alignkit.models import qwen_v1
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,8 +45,15 @@ def embedded_model_dir() -> Path:
 def model_source(model: ModelConfig) -> str:
     """What `from_pretrained` is given: the embedded model's folder, a local folder, or a hub name.
 
-    Raises `UserError` when there is no model there, or one of an architecture that needs remote code.
+    For a first-Qwen checkpoint that is its conversion in the cache, made now if it is not there yet. Raises `UserError`
+    when there is no model there.
     """
+    source, is_first_qwen = _find(model)
+    return str(qwen_v1.cached_conversion(source, model.revision)) if is_first_qwen else source
+
+
+def _find(model: ModelConfig) -> tuple[str, bool]:
+    """The model's folder or hub name, and whether it is of the first Qwen architecture (`model_type: qwen`)."""
     from transformers import PreTrainedConfig
 
     source = str(embedded_model_dir()) if model.path == "embedded" else model.path
@@ -55,12 +64,12 @@ def model_source(model: ModelConfig) -> str:
             f"model.path={model.path}: no model could be read there ({_first_line(error)}). "
             "Give 'embedded', a folder with config.json and safetensors weights, or a hub name."
         ) from error
-    if config.get("model_type") == "qwen":
+    is_first_qwen = config.get("model_type") == "qwen"
+    if is_first_qwen and model.max_length > (config.get("seq_length") or math.inf):
         raise UserError(
-            f"model.path={model.path}: the first Qwen architecture (model_type 'qwen') cannot be loaded yet. Supported "
-            "are architectures that transformers knows itself, such as qwen2, qwen3, llama and mistral."
+            f"model.max_length={model.max_length}: the context of {model.path} ends at {config['seq_length']} tokens."
         )
-    return source
+    return source, is_first_qwen
 
 
 def resolve_dtype(name: str) -> torch.dtype:
@@ -79,7 +88,12 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer with the chat template, end-of-turn and padding token that the configuration names."""
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-    tokenizer = AutoTokenizer.from_pretrained(model_source(model), revision=model.revision)
+    source, is_first_qwen = _find(model)
+    if is_first_qwen:
+        folder = qwen_v1.local_checkpoint(source, model.revision, vocabulary_only=True)
+        tokenizer: Any = qwen_v1.load_tokenizer(folder)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=model.revision)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     for key in ("eos_token", "pad_token"):
         token = getattr(model, key)
