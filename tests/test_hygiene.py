@@ -129,18 +129,18 @@ def test_personal_data_is_flagged_dropped_or_ignored() -> None:
     rows = [row("a", "Mail anna@firm.de", output="Done."), row("b", "Mail nobody", output="Done.")]
     kept, dropped = clean(rows, HygieneConfig())
     assert not dropped
-    assert kept[0].model_dump()["flags"] == ["e-mail address"]
-    assert "flags" not in kept[1].model_dump()
-    assert "flags" not in rows[0].model_dump()
+    assert kept[0].model_dump()["personal_data"] == ["e-mail address"]
+    assert "personal_data" not in kept[1].model_dump()
+    assert "personal_data" not in rows[0].model_dump()
     flagged = clean(kept, HygieneConfig())[0]
     assert flagged == kept
     assert reasons(rows, HygieneConfig(personal_data=PersonalData.drop)) == {"a": "personal data: e-mail address"}
     assert clean(rows, HygieneConfig(personal_data=PersonalData.ignore))[0] == rows
 
 
-def test_flags_that_a_row_has_already_are_kept() -> None:
-    first = QAExample.model_validate({**row("a", "Mail anna@firm.de").model_dump(), "flags": ["mine"]})
-    assert clean([first], HygieneConfig())[0][0].model_dump()["flags"] == ["mine", "e-mail address"]
+def test_a_field_of_that_name_gives_way_to_what_was_found() -> None:
+    first = QAExample.model_validate({**row("a", "Mail anna@firm.de").model_dump(), "personal_data": 3})
+    assert clean([first], HygieneConfig())[0][0].model_dump()["personal_data"] == ["e-mail address"]
 
 
 def test_what_is_dropped_is_written_down_as_it_was_read() -> None:

@@ -255,8 +255,10 @@ def test_personal_data_is_flagged_in_the_rows_and_counted(tmp_path: Path) -> Non
     rows = make_rows(4)
     rows[1]["output"] += " Write to anna.torv@posteo.de for more."
     artifact = select(tmp_path / "flag", rows)
-    assert {row["id"]: row.get("flags") for row in read(artifact, "selected.jsonl")}["row-1"] == ["e-mail address"]
-    assert sum("flags" in row for row in read(artifact, "selected.jsonl")) == 1
+    assert {row["id"]: row.get("personal_data") for row in read(artifact, "selected.jsonl")}["row-1"] == [
+        "e-mail address"
+    ]
+    assert sum("personal_data" in row for row in read(artifact, "selected.jsonl")) == 1
     assert artifact.metrics["flagged"] == {"e-mail address": 1}
     artifact = select(tmp_path / "drop", rows, "hygiene.personal_data=drop")
     assert artifact.dropped == {"personal data": 1}
@@ -290,7 +292,7 @@ def test_held_out_rows_are_not_selected(tmp_path: Path) -> None:
     [
         (["strategy=best"], "strategy: "),
         (["radius=0.5", "strategy=mods", "k=2"], "radius=0.5: is for strategy=coverage; with strategy=mods give k"),
-        (["radius=-1"], "radius=-1.0: a distance is not negative"),
+        (["radius=-1"], "radius=-1.0: a distance is a number from 0 up"),
         (["strategy=mods"], "k: strategy=mods and compare need a number of rows"),
         (["strategy=random"], "k: strategy=random and compare need"),
         (["compare=random,quality"], "k: strategy=coverage and compare need a number of rows"),

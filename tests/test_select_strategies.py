@@ -280,10 +280,11 @@ def test_only_what_has_changed_is_done_again(pool: Rows, tmp_path: Path, inside:
     assert len(inside) == 2
     forced = select(tmp_path, pool, "k=6", *MODS, "force=true")
     assert in_order_of_rank(forced) == chosen
+    assert inside == ["initial/sft", "initial/sample"] * 2
     select(tmp_path, pool, "k=6", *MODS, "necessity.threshold=3", "workers=2")
-    assert len(inside) == 2  # neither force nor another threshold trains or answers again
+    assert len(inside) == 4  # another threshold neither trains nor answers again
     select(tmp_path, pool, "k=6", *MODS, "sampling.max_new_tokens=8")
-    assert inside[2:] == ["initial/sample"]
+    assert inside[4:] == ["initial/sample"]
 
 
 def wait_for(path: Path, lines: int, process: Any) -> None:

@@ -64,7 +64,7 @@ def test_the_steps_of_a_trial_and_what_they_wait_for(tmp_path: Path) -> None:
         evaluate: Any = steps[f"seed{seed}/evaluate"].config
         assert steps[f"seed{seed}/evaluate"].needs == {folder / "mods-sft", folder / "random-sft"}
         assert evaluate.models == {
-            "base": "", **{name: str(folder / f"{name}-sft" / "adapter") for name in ("mods", "random")}
+            "base": None, **{name: str(folder / f"{name}-sft" / "adapter") for name in ("mods", "random")}
         }  # fmt: skip
         assert evaluate.judge is False
         assert evaluate.sampling.max_new_tokens == 5
@@ -170,7 +170,8 @@ def test_compare_by_the_command_line(tmp_path: Path, inside: list[str], capsys: 
     check_comparison(tmp_path / "select", rows, [3])
     labels = [f"seed3/{name}{part}" for name in ("random", "quality", "mods") for part in ("", "-sft")]
     assert set(inside) == {*labels, "initial/sft", "initial/sample", "seed3/evaluate"}
-    assert run_command("select", [*given, "force=true"]) == 0
+    (tmp_path / "select" / "manifest.json").unlink()
+    assert run_command("select", given) == 0
     assert len(inside) == 9  # all steps were up to date
 
 

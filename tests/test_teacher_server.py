@@ -106,7 +106,12 @@ def test_the_command_serves_until_interrupted() -> None:
     program = (
         "import sys; from alignkit.teacher.server import main; sys.exit(main(['--port', '0', '--mistake-rate', '0']))"
     )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+    heeds = signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background ignores it
+    try:
+        started = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, heeds)
+    with started as process:
         assert process.stdout
         said = process.stdout.readline()
         process.send_signal(signal.SIGINT)

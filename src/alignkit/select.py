@@ -15,7 +15,7 @@ seeds, and compares the adapters on held-out questions. All that takes long is r
 
 Reads:   data.path, also           question-answer rows with answers, of any format that alignkit reads
          held_out                  evaluation files: rows that are in them are dropped (compare: the questions to ask)
-Writes:  selected.jsonl            the rows chosen, in input order, with scores.quality and scores.rank
+Writes:  selected.jsonl            the rows chosen, in input order, with scores.quality (not of random) and .rank
          dropped.jsonl             every other row and why
          selection.json, .html     what was decided, and a page to look at it: map, scores, coverage, examples
          initial/                  with strategy=mods: the initial model and its answers
@@ -60,7 +60,7 @@ from alignkit.core.config import (
 )
 from alignkit.core.errors import UserError
 from alignkit.core.records import QAExample
-from alignkit.data.hygiene.config import HygieneConfig
+from alignkit.data.hygiene.config import FLAGGED, HygieneConfig, PersonalData
 from alignkit.scoring.quality import QualityConfig, RowScorer
 from alignkit.scoring.row_embedding import EmbeddingConfig
 
@@ -176,8 +176,8 @@ def check(config: SelectConfig) -> None:
     """Raise `UserError` for settings that contradict each other."""
     if config.k is not None and config.k < 1:
         raise UserError(f"k={config.k}: must be at least 1, or null to keep every row of good quality")
-    if config.radius is not None and config.radius < 0:
-        raise UserError(f"radius={config.radius}: a distance is not negative")
+    if config.radius is not None and not 0 <= config.radius < math.inf:
+        raise UserError(f"radius={config.radius}: a distance is a number from 0 up")
     if config.radius is not None and (config.compare or config.strategy is not Strategy.coverage):
         what = "compare" if config.compare else f"strategy={config.strategy.name}"
         raise UserError(f"radius={config.radius}: is for strategy=coverage; with {what} give k")
@@ -214,10 +214,24 @@ def read_pool(config: SelectConfig, decisions: Decisions) -> tuple[list[QAExampl
             if row.id in where:
                 raise UserError(f"{path}: id '{row.id}' is also in {where[row.id]}; rename the file or the ids")
             where[row.id] = path
-        pool += rows
-    held_out = [row for path in config.held_out for row in read_questions(RowsConfig(path=path))[0]]
+        pool += [forget(row, config.quality.reuse) for row in rows]
+    held_out: list[QAExample] = []
+    for path in config.held_out:
+        rows, unusable = read_questions(RowsConfig(path=path))
+        held_out += rows
+        if unusable:
+            reasons = ", ".join(sorted({each.reason for each in unusable}))
+            LOG.warning(
+                "held_out: %d rows of %s cannot be used and are not looked for (%s)", len(unusable), path, reasons
+            )
     decisions.step("read", len(pool) + decisions.artifact.dropped.total())
     return pool, held_out
+
+
+def forget(row: QAExample, keep_quality: bool) -> QAExample:
+    """The row without what an earlier selection said of it: its rank, and its quality unless that is to be reused."""
+    stale = {"rank"} if keep_quality else {"rank", "quality"}
+    return row.model_copy(update={"scores": {name: score for name, score in row.scores.items() if name not in stale}})
 
 
 def cleanse(
@@ -234,8 +248,9 @@ def cleanse(
     if not kept:
         raise UserError(f"hygiene leaves none of {len(rows)} rows; {decisions.artifact.folder}/dropped.jsonl says why")
     decisions.step("hygiene", len(kept))
-    flagged = Counter(kind for row in kept for kind in getattr(row, "flags", None) or ())
-    if flagged:
+    lists = (found for row in kept if isinstance(found := getattr(row, FLAGGED, None), list))
+    flagged = Counter(str(kind) for found in lists for kind in found)
+    if flagged and config.hygiene.personal_data is PersonalData.flag:
         decisions.artifact.metrics["flagged"] = dict(flagged)
         found = ", ".join(f"{count} {kind}" for kind, count in flagged.items())
         LOG.warning(
@@ -409,7 +424,7 @@ def add_necessary(
         artifact.folder / "initial",
         [good[place] for place in sorted(seeds)],
         good,
-        {"run": config.run, "seed": config.seed, "model": config.model},
+        {"run": config.run, "seed": config.seed, "force": config.force, "model": config.model},
         {"lora": config.lora, "train": config.train},
         config.sampling,
     )
@@ -444,11 +459,16 @@ def compare_strategies(
 ) -> dict[str, Any]:
     """Train on what each strategy selects of the same scored rows, with every seed, and compare the adapters."""
     from alignkit.evaluation.strategies import Trial, run_trial
+    from alignkit.scoring.row_embedding import text_of
 
     assert config.k is not None
-    passing = sum(config.quality.passes(row.scores["quality"], threshold) for row in scored)
-    if passing < config.k:
-        raise UserError(f"k={config.k}: only {passing} rows pass quality.threshold={threshold:g}; compare fewer")
+    passing = [row for row in scored if config.quality.passes(row.scores["quality"], threshold)]
+    different = {text_of(row, config.embedding.text) for row in passing}
+    if len(different) < config.k:
+        raise UserError(
+            f"k={config.k}: only {len(passing)} rows pass quality.threshold={threshold:g}, and their embedded text "
+            f"(embedding.text={config.embedding.text.name}) differs in {len(different)}; compare fewer"
+        )
     # At the border of a quantile rows stay, above a threshold they must be: the next lower number makes that one rule.
     border = math.nextafter(threshold, -math.inf) if config.quality.quantile is not None else threshold
     quality = replace(config.quality, quantile=None, threshold=border, reuse=True)
@@ -462,7 +482,7 @@ def compare_strategies(
         k=config.k,
         held_out=config.held_out[0],
         judge=config.compare_judge,
-        shared={"run": config.run, "model": config.model},
+        shared={"run": config.run, "force": config.force, "model": config.model},
         selecting={
             "hygiene": config.hygiene,
             "quality": quality,
@@ -473,10 +493,9 @@ def compare_strategies(
         answering={"sampling": config.sampling},
         teaching={"teacher": config.teacher},
     )
-    comparison = run_trial(trial, scored, config.workers)
+    artifact.metrics["comparison"] = comparison = run_trial(trial, scored, config.workers)
     rows = {each["name"]: each["rows"] for each in comparison["strategies"]}
     artifact.check("equal budgets", len({tuple(each) for each in rows.values()}) == 1, f"rows by seed: {rows}")
-    artifact.metrics["comparison"] = comparison
     artifact.summary = ", ".join(
         f"{each['name']} {each['scores']['exact_match']['mean']:.3f}" for each in comparison["strategies"]
     )

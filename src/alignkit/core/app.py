@@ -50,7 +50,9 @@ PARENT = "ALIGNKIT_PARENT"
 
 _FLAGS_WITH_VALUE = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--shell-completion", "-sc")
 _HYDRA_FLAGS = (*_FLAGS_WITH_VALUE, "--resolve", "--hydra-help", "-m", "--multirun")
-_SECRET_VALUE = re.compile(r"(?<![A-Za-z0-9])(sk-[A-Za-z0-9_-]{8,}|hf_[A-Za-z0-9]{8,})|://[^/@]*:[^/@]*@")
+_SECRET_VALUE = re.compile(
+    r"(?<![A-Za-z0-9])(sk-(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{8,}|hf_(?=[A-Za-z]*\d)[A-Za-z0-9]{8,})|://[^/@]*:[^/@]*@"
+)
 _SECRET_KEY = re.compile(r"(^|[._])(api_key|token|secret|password)$")
 _TOKENIZER_KEY = re.compile(r"(^|\.)(eos|pad)_token$")
 
@@ -380,9 +382,11 @@ def _command_process() -> Iterator[None]:
         raise KeyboardInterrupt
 
     previous = signal.signal(signal.SIGTERM, stop)
-    if os.environ.get(PARENT) == str(os.getppid()):
-        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
+        if PARENT in os.environ and os.name == "posix":
+            if os.environ[PARENT] != str(os.getppid()):
+                raise KeyboardInterrupt  # it was killed before this process had begun
+            threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -97,6 +97,8 @@ def execute(steps: Sequence[Step], workers: int, logs: Path) -> Iterator[tuple[S
     The console output of each goes to a file in `logs`. Raises `UserError` when a step fails, after the steps beside it
     have been stopped.
     """
+    if workers < 1:
+        raise UserError(f"workers={workers}: must be at least 1")
     waiting, running, done = list(steps), dict[Path, tuple[Step, subprocess.Popen[bytes]]](), set[Path]()
     peak = 0
     try:
@@ -137,7 +139,7 @@ def describe(step: Step) -> str:
 
 def _start(step: Step, workers: int, logs: Path) -> subprocess.Popen[bytes]:
     """Start a step as the command a user would type; its output goes to a file in `logs`."""
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1) // workers)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", PARENT: str(os.getpid())}
     logs.mkdir(parents=True, exist_ok=True)
     with _log_file(step, logs).open("wb") as log:

@@ -51,7 +51,7 @@ def steps_of(trial: Trial) -> list[Step]:
     steps: list[Step] = []
     for seed in trial.seeds:
         home = trial.home / f"seed{seed}"
-        adapters = []
+        adapters = ["models.base=null"]
         for strategy in trial.strategies:
             pool = [*settings("data.path", str(trial.home / "pool.jsonl")), *_all(trial.teaching)]
             choice = [f"seed={seed}", f"strategy={strategy}", f"k={trial.k}"]

@@ -93,7 +93,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         folder = qwen_v1.local_checkpoint(source, model.revision, vocabulary_only=True)
         tokenizer: Any = qwen_v1.load_tokenizer(folder)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=model.revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=model.revision, trust_remote_code=False)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     for key in ("eos_token", "pad_token"):
         token = getattr(model, key)

@@ -32,6 +32,9 @@ class QualityScorer(Enum):
     classifier = "classifier"
 
 
+_BLOCK = 256
+"""Rows that a model scores before they are in the journal; what a kill can cost."""
+
 _THRESHOLDS = {
     QualityScorer.rules: 7.0,
     QualityScorer.judge: 7.0,
@@ -71,6 +74,8 @@ class QualityConfig:
         """A value that can do nothing is refused, and a model that is not asked need not exist."""
         if self.threshold is not None and self.quantile is not None:
             raise UserError("quality.threshold and quality.quantile: give one of them")
+        if self.batch_size < 1:
+            raise UserError(f"quality.batch_size={self.batch_size}: must be at least 1")
         if self.reuse and self.threshold is None and self.quantile is None:
             raise UserError("quality.reuse=true: nothing tells on what scale the scores are; add quality.threshold=...")
         if self.quantile is not None and not 0 <= self.quantile < 1:
@@ -126,7 +131,9 @@ class RowScorer:
 
         answered = [row for row in rows if row.output.strip()]
         conversations = [(row.id, [*qa_prompt(row), Message(role="assistant", content=row.output)]) for row in answered]
-        scores = score_all(self._scorer, conversations, journal) if answered else []
+        # A teacher is asked all at once: its response store resumes, and a batch is waited for only once.
+        block = len(answered) if self.config.scorer is QualityScorer.judge else _BLOCK
+        scores = score_all(self._scorer, conversations, journal, block) if answered else []
         found = dict(zip((row.id for row in answered), scores, strict=True))
         return [found.get(row.id, (None, "empty answer")) for row in rows]
 
@@ -135,7 +142,7 @@ class RowScorer:
         """What the teacher was asked; None when none is."""
         from alignkit.scoring.judge import JudgeScorer
 
-        if self.config.scorer is not QualityScorer.judge:
+        if self.config.scorer is not QualityScorer.judge or "_scorer" not in self.__dict__:
             return None
         assert isinstance(self._scorer, JudgeScorer)
         return self._scorer.teacher.usage

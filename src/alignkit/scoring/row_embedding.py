@@ -51,7 +51,9 @@ class EmbeddingConfig:
     """Drop rows whose statement and question are at least this similar (cosine) to those of an evaluation row."""
 
     def __post_init__(self) -> None:
-        """Raise `UserError` for a similarity that no two texts have."""
+        """Raise `UserError` for a batch of nothing, and for a similarity that no two texts have."""
+        if self.batch_size < 1:
+            raise UserError(f"embedding.batch_size={self.batch_size}: must be at least 1")
         if self.held_out_similarity is not None and not 0 < self.held_out_similarity <= 1:
             raise UserError(f"embedding.held_out_similarity={self.held_out_similarity}: must lie above 0, up to 1")
 

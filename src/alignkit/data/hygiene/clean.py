@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from alignkit.core.errors import UserError
 from alignkit.core.records import Dropped, QAExample
-from alignkit.data.hygiene.config import HygieneConfig, PersonalData
+from alignkit.data.hygiene.config import FLAGGED, HygieneConfig, PersonalData
 from alignkit.data.hygiene.contamination import contaminated
 from alignkit.data.hygiene.duplicates import exact_duplicates, near_duplicates
 from alignkit.data.hygiene.language import language, languages
@@ -26,7 +26,7 @@ def clean(
     Duplicates are rows of which statement, question and answer are each the same or similar; the first one stays. A row
     is contaminated when it holds both the statement and the question of one of `evaluation`: many questions may be
     asked about one statement, and one question ("Is it true?") of many. With `personal_data: flag` a row that holds
-    some gets the field `flags`, a list of the kinds found.
+    some gets the field `personal_data`, a list of the kinds found.
     """
     kept, dropped = list(rows), list[Dropped]()
     if config.empty_answer:
@@ -91,9 +91,7 @@ def _language_problems(rows: Sequence[QAExample], wanted: Sequence[str]) -> list
 def _flagged(row: QAExample, kinds: list[str]) -> QAExample:
     if not kinds:
         return row
-    flags = getattr(row, "flags", [])
-    before = flags if isinstance(flags, list) else [flags]
-    return row.model_copy(update={"flags": list(dict.fromkeys([*before, *kinds]))})
+    return row.model_copy(update={FLAGGED: kinds})
 
 
 def _parts(rows: Iterable[QAExample]) -> list[tuple[str, str, str]]:

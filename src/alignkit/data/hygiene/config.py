@@ -11,10 +11,15 @@ from alignkit.core.errors import UserError
 # ruff: noqa: UP045
 
 
+FLAGGED = "personal_data"
+"""The field of a row that says which kinds of personal data are in it."""
+
+
 class PersonalData(Enum):
     """What becomes of a row that holds personal data or a secret key.
 
-    `ignore`: it is not looked at. `flag`: it stays, and its field `flags` says what was found. `drop`: it is dropped.
+    `ignore`: it is not looked at. `flag`: it stays, and its field `personal_data` says what was found. `drop`: it is
+    dropped.
     """
 
     ignore = "ignore"

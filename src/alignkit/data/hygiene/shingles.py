@@ -89,7 +89,7 @@ def shingles(texts: Sequence[Text]) -> Shingles:
 
 
 def distinct(values: Integers) -> Integers:
-    """The values in rising order, each once. `np.unique` hashes them first, which takes 17 times as long."""
+    """The values in rising order, each once. `np.unique` hashes them first, which takes much longer."""
     ordered = np.sort(values)
     once: Integers = ordered[np.diff(ordered, prepend=ordered[:1] - 1) != 0]
     return once
