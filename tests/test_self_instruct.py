@@ -238,11 +238,11 @@ def test_a_task_takes_three_steps_and_each_instance_is_a_row() -> None:
     teacher = by_step([new], lambda instruction: instruction == new[1], told.__getitem__)
     rows, dropped, ask = follow(teacher, SEEDS, 4, shape=Shape.task)
     assert not dropped
-    assert [(row.id, row.instruction, row.kind, row.input) for row in rows] == [
-        ("new-00001", new[0], "non_judgmental", "fig, pear"),
-        ("new-00002", new[0], "non_judgmental", "a, bb"),
-        ("new-00003", new[1], "judgmental", "很好吃。"),
-        ("new-00004", new[1], "judgmental", "难吃。"),
+    assert [(row.id, row.instruction, row.classification, row.kind, row.input) for row in rows] == [
+        ("new-00001", new[0], False, "non_judgmental", "fig, pear"),
+        ("new-00002", new[0], False, "non_judgmental", "a, bb"),
+        ("new-00003", new[1], True, None, "很好吃。"),  # a label, but neither yes nor no
+        ("new-00004", new[1], True, None, "难吃。"),
     ]
     assert all(sorted(row.parents) == ["s1", "s2", "s3"] and row.source == "teacher:x" for row in rows)
     assert {name: step.asked for name, step in ask.steps.items()} == {"instructions": 1, "kinds": 2, "instances": 2}
@@ -465,7 +465,8 @@ def test_outside_its_world_the_scripted_teacher_says_so(shape: Shape) -> None:
 @pytest.mark.skipif(not SEED_TASKS.exists(), reason="the Self-Instruct seed tasks are not at hand")
 def test_the_175_seed_tasks_as_seeds() -> None:
     seeds, _ = read_questions(RowsConfig(path=str(SEED_TASKS)))
-    assert Counter(seed.kind for seed in seeds) == {"judgmental": 26, "non_judgmental": 149}
+    assert Counter(seed.classification for seed in seeds) == {True: 26, False: 149}
+    assert Counter(seed.kind for seed in seeds) == {None: 26, "non_judgmental": 149}
     teacher = by_step(
         [["Tell me whether this poem rhymes.", "Write a cover letter based on the facts given."]],
         lambda instruction: "rhymes" in instruction,

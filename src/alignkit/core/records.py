@@ -39,6 +39,9 @@ class QAExample(Row):
     input: str = ""
     output: str = ""
     kind: Literal["judgmental", "non_judgmental"] | None = None
+    """Whether the question is to be answered by yes or no; none: not known."""
+    classification: bool | None = None
+    """Whether the answer is one of a few labels, of which yes and no are a case; none: not known."""
     source: str = ""
     scores: dict[str, float] = {}
 

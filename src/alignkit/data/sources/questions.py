@@ -53,6 +53,7 @@ def read_seed_task(raw: RawRow) -> QAExample | Dropped:
         input=first.input,
         output=first.output,
         kind="non_judgmental" if task.is_classification is False else None,
+        classification=task.is_classification,
         source="self-instruct",
     )
     return _usable(raw, example)

@@ -136,7 +136,13 @@ def rows(
     """
     blacklist = Blacklist(config.blacklist)
     if config.shape is Shape.task:
-        yield from tasks.rows(seeds, count, config, ask, pool, blacklist, name=name, seed=seed, source=source)
+        yield from tasks.rows(
+            *(seeds, count, config, ask, pool, blacklist),
+            read_verdict=read_verdict,
+            name=name,
+            seed=seed,
+            source=source,
+        )
         return
     usable, dropped = _usable_seeds(seeds, config)
     yield from dropped

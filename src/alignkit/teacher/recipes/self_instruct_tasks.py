@@ -1,7 +1,7 @@
 """The shape `task` of self_instruct: the road of Wang et al., 2022 (arXiv 2212.10560), step by step.
 
   instructions  shown six seeds' instructions and up to two of its own, the teacher writes several new ones
-  kinds         of each that passes the filters it says whether it is a classification, which makes its rows judgmental
+  kinds         of each that passes the filters it says whether it is a classification
   instances     and writes inputs and outputs for it: the outputs first for a classification, else the inputs first
 
 Each instance becomes a row. The original numbers texts and parses them with patterns; here the teacher returns JSON,
@@ -11,10 +11,10 @@ and what order it writes in is the order of the fields.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
@@ -114,6 +114,7 @@ def rows(
     pool: Novelty,
     blacklist: Blacklist,
     *,
+    read_verdict: Callable[[str], str | None],
     name: str,
     seed: int,
     source: str,
@@ -146,7 +147,9 @@ def rows(
             waiting = []
         yield from left_over(examples[missing:])
         for example in examples[:missing]:
-            kept.append(example.model_copy(update={"id": f"{name}-{len(kept) + 1:05d}"}))
+            judgmental = example.classification and read_verdict(example.output) is not None
+            kind = "judgmental" if judgmental else None if example.classification else "non_judgmental"
+            kept.append(example.model_copy(update={"id": f"{name}-{len(kept) + 1:05d}", "kind": kind}))
             yield kept[-1]
     yield from (task.dropped(LEFT_OVER) for task in waiting)
 
@@ -225,7 +228,7 @@ def _problem(instruction: str, shown: Sequence[str], pool: Novelty, blacklist: B
 def kind_request(instruction: str, examples: Sequence[QAExample]) -> Request:
     """Ask whether a task is a classification, after `examples` of both kinds. Temperature 0: there is one answer."""
     shown = [
-        {"instruction": example.instruction, "classification": example.kind == "judgmental"} for example in examples
+        {"instruction": example.instruction, "classification": _is_classification(example)} for example in examples
     ]
     prompt = render("self_instruct_kind", examples=shown, instruction=instruction)
     return Request(_messages(prompt), temperature=0.0, shape=Kind)
@@ -233,7 +236,7 @@ def kind_request(instruction: str, examples: Sequence[QAExample]) -> Request:
 
 def _classified(tasks: Sequence[Task], seeds: Sequence[QAExample], ask: Asker, seed: int) -> Iterator[Task | Dropped]:
     rng = Random(f"{seed}-kinds")
-    shown = [*_some(seeds, "judgmental", KIND_EXAMPLES, rng), *_some(seeds, "non_judgmental", KIND_EXAMPLES, rng)]
+    shown = [*_some(seeds, True, KIND_EXAMPLES, rng), *_some(seeds, False, KIND_EXAMPLES, rng)]
     rng.shuffle(shown)
     answers = ask("kinds", [kind_request(task.instruction, shown) for task in tasks])
     for task, answer in zip(tasks, answers, strict=True):
@@ -243,8 +246,15 @@ def _classified(tasks: Sequence[Task], seeds: Sequence[QAExample], ask: Asker, s
             yield task.dropped(str(answer.reason), answer.detail, answer=answer.text)
 
 
-def _some(seeds: Sequence[QAExample], kind: str, most: int, rng: Random) -> list[QAExample]:
-    of_the_kind = [example for example in seeds if example.kind == kind]
+def _is_classification(example: QAExample) -> bool | None:
+    """As the row says; where it does not, a judgmental question is one. None when neither is known."""
+    if example.classification is None and example.kind is not None:
+        return example.kind == "judgmental"
+    return example.classification
+
+
+def _some(seeds: Sequence[QAExample], classification: bool, most: int, rng: Random) -> list[QAExample]:
+    of_the_kind = [example for example in seeds if _is_classification(example) is classification]
     return rng.sample(of_the_kind, min(most, len(of_the_kind)))
 
 
@@ -279,10 +289,10 @@ def _with_instances(
 ) -> Iterator[QAExample | Dropped]:
     answered = [example for example in seeds if example.output.strip()]
     shown = {
-        kind: _some(answered, kind, INSTANCE_EXAMPLES, Random(f"{seed}-instances-{kind}"))
-        for kind in ("judgmental", "non_judgmental")
+        classification: _some(answered, classification, INSTANCE_EXAMPLES, Random(f"{seed}-instances-{kind}"))
+        for kind, classification in (("judgmental", True), ("non_judgmental", False))
     }
-    requests = [instances_request(task, shown[_kind(task)], config.instances_per_task) for task in tasks]
+    requests = [instances_request(task, shown[task.classification], config.instances_per_task) for task in tasks]
     for task, answer in zip(tasks, ask("instances", requests), strict=True):
         if answer.usable:
             yield from _examples(task, answer.value.instances, config.instances_per_task, source)
@@ -302,7 +312,7 @@ def _examples(
             instruction=task.instruction,
             input=instance.input.strip(),
             output=instance.output.strip(),
-            kind=_kind(task),
+            classification=task.classification,
             source=source,
             parents=task.parents,
         )
@@ -328,10 +338,6 @@ def _instance_problem(example: QAExample, usable: Sequence[QAExample]) -> str | 
     if any((each.input, each.output) == (example.input, example.output) for each in usable):
         return "repeated instance"
     return None
-
-
-def _kind(task: Task) -> Literal["judgmental", "non_judgmental"]:
-    return "judgmental" if task.classification else "non_judgmental"
 
 
 def _messages(prompt: str) -> list[Message]:
