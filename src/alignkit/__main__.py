@@ -8,8 +8,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from alignkit.core.app import DONE, guarded, run_command
+from alignkit.core.app import run_command
 from alignkit.core.errors import UserError
+from alignkit.core.process import DONE, guarded
 from alignkit.core.stages import purpose, require_stage, stages
 
 FLOW = ("expand", "select", "sft", "sample", "judge", "reward", "rejection_sampling", "dpo", "evaluate", "report")

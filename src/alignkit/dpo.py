@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, ClassVar
 from omegaconf import MISSING
 
 from alignkit.core.artifact import Artifact
-from alignkit.core.config import ModelConfig, RowsConfig, StageConfig, TrainConfig
+from alignkit.core.config import DistributedConfig, ModelConfig, RowsConfig, StageConfig, TrainConfig
 from alignkit.core.errors import UserError
 from alignkit.core.records import PreferencePair
 
@@ -58,6 +58,7 @@ class DPOConfig(StageConfig):
     """Continue an interrupted run of exactly this configuration; an error when there is none."""
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
 def run(config: DPOConfig) -> Artifact:
@@ -82,6 +83,8 @@ def run(config: DPOConfig) -> Artifact:
         policy = load_policy(config.model, config.init_adapter, trainable=True)
         objective = Objective(config.reference, config.beta, config.sft_weight)
         losses = train_preference(policy, tokenizer, pairs, objective, config.train, config.seed, artifact)
+        if not artifact.writes:
+            return artifact
 
         with artifact.output("adapter") as folder:
             save_adapter(policy, folder, config.model)

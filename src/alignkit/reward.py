@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
-from alignkit.core.config import LoraConfig, ModelConfig, RowsConfig, StageConfig, TrainConfig
+from alignkit.core.config import DistributedConfig, LoraConfig, ModelConfig, RowsConfig, StageConfig, TrainConfig
 from alignkit.core.errors import UserError
 from alignkit.core.records import Dropped
 
@@ -72,6 +72,7 @@ class RewardConfig(StageConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
 def run(config: RewardConfig) -> Artifact:
@@ -99,6 +100,8 @@ def run(config: RewardConfig) -> Artifact:
         reward_model = starting_model(config, tokenizer)
         objective = Objective(config.margin_weight, config.regress_weight)
         losses = train_reward_model(reward_model, train, objective, config.train, config.seed, artifact)
+        if not artifact.writes:
+            return artifact
 
         train_scores, held_out_scores = (
             reward_model.raw_scores([each.tokens for each in encoded]) for encoded in (train, held_out)

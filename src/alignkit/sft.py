@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
-from alignkit.core.config import LoraConfig, ModelConfig, RowsConfig, StageConfig, TrainConfig
+from alignkit.core.config import DistributedConfig, LoraConfig, ModelConfig, RowsConfig, StageConfig, TrainConfig
 from alignkit.core.errors import UserError
 from alignkit.core.records import ChatExample
 
@@ -60,6 +60,7 @@ class SFTConfig(StageConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
 def run(config: SFTConfig) -> Artifact:
@@ -87,6 +88,8 @@ def run(config: SFTConfig) -> Artifact:
 
         policy = _starting_policy(config)
         losses = train_supervised(policy, tokenizer, encoded, config.train, config.seed, artifact)
+        if not artifact.writes:
+            return artifact
 
         with artifact.output("adapter") as folder:
             save_adapter(policy, folder, config.model)

@@ -11,21 +11,17 @@ import logging
 import os
 import re
 import shlex
-import signal
 import sys
-import threading
-import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from alignkit.core.artifact import Artifact, recorded_command
 from alignkit.core.config import StageConfig
-from alignkit.core.errors import UserError, disk_problem
+from alignkit.core.errors import UserError
 from alignkit.core.help import help_text, stage_keys
+from alignkit.core.process import DONE, guarded
+from alignkit.core.ranks import world_size
 from alignkit.core.stages import (
     conf_dir,
     config_class,
@@ -41,12 +37,6 @@ from alignkit.core.stages import (
 __all__ = ["conf_dir", "load_config", "run_command", "run_stage", "stage_main", "stages"]
 
 LOG = logging.getLogger("alignkit")
-
-DONE, BUG, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes: done or up to date; a bug; something the user can mend; interrupted with its state saved."""
-
-PARENT = "ALIGNKIT_PARENT"
-"""Environment variable: the process that runs this stage as one of its steps; when it is gone, the step ends, too."""
 
 _FLAGS_WITH_VALUE = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--shell-completion", "-sc")
 _HYDRA_FLAGS = (*_FLAGS_WITH_VALUE, "--resolve", "--hydra-help", "-m", "--multirun")
@@ -80,38 +70,14 @@ def load_config(stage: str, overrides: Sequence[str] = ()) -> Any:
 
 def run_stage(stage: str, config: StageConfig) -> Artifact:
     """Import a stage by name, run it, and log its result in one line."""
+    if world_size() > 1 and not hasattr(config, "distributed"):
+        raise UserError(f"{stage} is the work of one process: start it without torchrun. See {_help(stage)}")
     artifact: Artifact = stage_module(stage).run(config)
     if not artifact.up_to_date:
         LOG.info(
             "%s: %s in %.1f s -> %s", stage, artifact.summary or artifact.status, artifact.seconds, artifact.folder
         )
     return artifact
-
-
-def guarded(name: str, work: Callable[[], int]) -> int:
-    """Do a command's work with plain messages; an error becomes one message and an exit code."""
-    try:
-        with _command_process():
-            return work()
-    except KeyboardInterrupt:
-        print("interrupted: what is finished is saved, the same command continues", file=sys.stderr)
-        return INTERRUPTED
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except Exception as error:
-        problem = disk_problem(error)
-        if problem is None:
-            return report_bug(name)
-        print(f"error: {problem}. Make room or mend the permissions, or choose another output_dir.", file=sys.stderr)
-        return USER_ERROR
-
-
-def report_bug(name: str) -> int:
-    """Print the traceback of the error being handled, and say that it is a bug."""
-    traceback.print_exc()
-    print(f"error: {name} stopped by a bug; please report the traceback above", file=sys.stderr)
-    return BUG
 
 
 def _run_command(stage: str, arguments: list[str]) -> int:
@@ -124,6 +90,8 @@ def _run_command(stage: str, arguments: list[str]) -> int:
     if any(flag in ("-m", "--multirun") for flag in flags):
         from alignkit.core.sweep import run_sweep
 
+        if world_size() > 1:
+            raise UserError("-m runs one job after the other in one process: start each with torchrun, without -m")
         return run_sweep(stage, overrides)
     if flags:
         overrides = bracket_lists(stage, overrides)
@@ -349,51 +317,3 @@ def _unknown_key(stage: str, key: str, known: Sequence[str]) -> str:
 
 def _help(stage: str) -> str:
     return f"alignkit {stage} --help"
-
-
-# -- the process ------------------------------------------------------------------------------------------------------
-
-
-class _Console(logging.Handler):
-    """Log messages as plain lines on whatever standard output is at the moment."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), flush=True)
-
-
-@contextmanager
-def _command_process() -> Iterator[None]:
-    """Plain messages on standard output; SIGTERM ends like Ctrl-C; libraries quiet, their telemetry off."""
-    environment: Mapping[str, str] = {
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TOKENIZERS_PARALLELISM": "false",
-        "BITSANDBYTES_NOWELCOME": "1",
-        "TORCHDYNAMO_DISABLE": "1",  # nothing here is compiled, and loading the compiler costs a second
-    }
-    for name, value in environment.items():
-        os.environ.setdefault(name, value)
-    if not any(isinstance(handler, _Console) for handler in LOG.handlers):
-        LOG.addHandler(_Console())
-        LOG.setLevel(logging.INFO)
-        LOG.propagate = False
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        if PARENT in os.environ and os.name == "posix":
-            if os.environ[PARENT] != str(os.getppid()):
-                raise KeyboardInterrupt  # it was killed before this process had begun
-            threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _end_with_parent(parent: int) -> None:
-    """End as by Ctrl-C when the parent has been killed: its successor would find this one still at work."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGTERM)

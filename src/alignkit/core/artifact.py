@@ -11,6 +11,9 @@ A stage does all its work inside one `with Artifact.open(...)`:
 
 The manifest says "running" on entry and "complete" or "failed" on exit. Outputs appear by atomic rename, so a stage
 killed at any point leaves either nothing or something it can resume from.
+
+Of several processes that train together only the main one writes. The others read the same manifest and so decide alike
+about what is up to date; what they would record is dropped.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ from alignkit.core.manifest import (
     versions,
     write_manifest,
 )
+from alignkit.core.ranks import is_main
 from alignkit.core.records import Dropped
 
 __all__ = ["MANIFEST", "Artifact", "Check", "describe_inputs", "input_paths", "read_manifest", "to_plain"]
@@ -85,6 +89,8 @@ class Artifact:
     checks: list[Check] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     error: str | None = None
+    writes: bool = field(default_factory=is_main)
+    """False in the processes of a distributed run that only take part in training: their artifact writes nothing."""
     _clock: float = field(default=0.0, init=False, repr=False)
     _log: logging.FileHandler | None = field(default=None, init=False, repr=False)
     _stale: set[str] = field(default_factory=set, init=False, repr=False)
@@ -134,6 +140,8 @@ class Artifact:
         if self.up_to_date:
             LOG.info("%s is up to date: %s (force=true does it again)", self.stage, self.folder)
             return self
+        if not self.writes:
+            return self
         self.folder.mkdir(parents=True, exist_ok=True)
         self._open_log()
         try:
@@ -158,7 +166,7 @@ class Artifact:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.up_to_date:
+        if self.up_to_date or not self.writes:
             return
         self.seconds = round(time.monotonic() - self._clock, 2)
         try:
@@ -196,6 +204,8 @@ class Artifact:
     def drop(self, row: BaseModel | Mapping[str, Any], reason: str, detail: str = "") -> None:
         """Set a row aside in dropped.jsonl with its reason."""
         self.dropped[reason] += 1
+        if not self.writes:
+            return
         dropped = Dropped(reason=reason, row=dict(_row(row)), detail=detail)
         with (self.folder / "dropped.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(_row(dropped), ensure_ascii=False) + "\n")
@@ -219,6 +229,7 @@ class Artifact:
 
         When the block raises, what it wrote is removed and an output of that name from before stays as it was.
         """
+        assert self.writes, "only the main process writes outputs"
         partial, final, old = (self.folder / part for part in (f".{name}.partial", name, f".{name}.old"))
         _remove(partial)
         try:

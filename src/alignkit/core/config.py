@@ -157,6 +157,11 @@ class TrainConfig:
 
 
 @dataclass
+class DistributedConfig:
+    """How the processes that torchrun starts share the work of training. See docs/several_gpus.md."""
+
+
+@dataclass
 class SamplingConfig:
     """How completions are drawn. For each completion temperature and top_p are drawn uniformly from their range."""
 

@@ -19,11 +19,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from alignkit.core.app import PARENT, load_config
+from alignkit.core.app import load_config
 from alignkit.core.artifact import Artifact, input_paths, read_manifest
 from alignkit.core.config import StageConfig
 from alignkit.core.errors import UserError
 from alignkit.core.manifest import replace_text
+from alignkit.core.process import PARENT
 
 
 @dataclass

@@ -17,12 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from alignkit.core.app import BUG, DONE, guarded, hydra_main, job_overrides, run_command, run_stage, to_dataclass
+from alignkit.core.app import hydra_main, job_overrides, run_command, run_stage, to_dataclass
 from alignkit.core.artifact import recorded_command
 from alignkit.core.config import StageConfig
 from alignkit.core.errors import UserError
 from alignkit.core.hashing import hash_text
 from alignkit.core.manifest import replace_text
+from alignkit.core.process import BUG, DONE, guarded
 
 JOB_FILE = "job.json"
 """In each job's folder: the overrides that vary in the sweep, and how the job ended."""

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -19,6 +18,7 @@ import torch
 
 from alignkit.core.config import LoraConfig, ModelConfig, Quantization
 from alignkit.core.errors import UserError
+from alignkit.core.ranks import local_rank
 from alignkit.models import qwen_v1
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def load_base(model: ModelConfig) -> PreTrainedModel:
     source, dtype = model_source(model), resolve_dtype(model.dtype)
     keywords: dict[str, Any] = {"dtype": dtype, "attn_implementation": model.attn, "revision": model.revision}
     if torch.cuda.is_available():
-        keywords["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+        keywords["device_map"] = {"": local_rank()}
     if model.quantization is Quantization.nf4:
         keywords["quantization_config"] = _nf4(dtype)
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,6 +10,7 @@ import torch
 
 from alignkit.core.config import TrainConfig
 from alignkit.core.errors import UserError
+from alignkit.core.ranks import world_size
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -22,8 +22,25 @@ def optimizer_steps(rows: int, train: TrainConfig) -> int:
     """How many optimizer steps training on `rows` rows takes."""
     if train.max_steps > 0:
         return train.max_steps
-    batches = math.ceil(rows / (train.batch_size * int(os.environ.get("WORLD_SIZE", "1"))))
-    return math.ceil(train.epochs * math.ceil(batches / train.gradient_accumulation))
+    return math.ceil(train.epochs * math.ceil(rows / (train.batch_size * train.gradient_accumulation)))
+
+
+def batches_of_process(train: TrainConfig, processes: int) -> tuple[int, int]:
+    """Rows that each of these processes reads at once, at most `batch_size`, and how many times in an optimizer step.
+
+    The step keeps its batch_size * gradient_accumulation rows however many processes share it, so that their number
+    changes nothing but the time. Raises `UserError` when they cannot have equally many.
+    """
+    rows = train.batch_size * train.gradient_accumulation
+    own, rest = divmod(rows, processes)
+    if rest:
+        fitting = " or ".join(str(each) for each in (rows - rest, rows - rest + processes) if each)
+        raise UserError(
+            f"train.batch_size * train.gradient_accumulation = {rows} rows make an optimizer step, which {processes} "
+            f"processes cannot share equally: set them to make {fitting} rows"
+        )
+    times = next(times for times in range(math.ceil(own / train.batch_size), own + 1) if own % times == 0)
+    return own // times, times
 
 
 def trainer_arguments(
@@ -37,17 +54,18 @@ def trainer_arguments(
     not saved, the finished model is. Raises `UserError` for values that the trainer refuses.
     """
     on_gpu = torch.cuda.is_available()
+    batch_size, accumulation = batches_of_process(train, world_size())
     try:
-        return kind(
+        arguments = kind(
             output_dir=str(folder),
             seed=seed,
             data_seed=seed,
             learning_rate=train.learning_rate,
             num_train_epochs=train.epochs,
             max_steps=train.max_steps,
-            per_device_train_batch_size=train.batch_size,
-            per_device_eval_batch_size=train.batch_size,
-            gradient_accumulation_steps=train.gradient_accumulation,
+            per_device_train_batch_size=batch_size,
+            per_device_eval_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
             warmup_steps=int(train.warmup_share * optimizer_steps(rows, train)),
             lr_scheduler_type=train.scheduler,
             weight_decay=train.weight_decay,
@@ -66,7 +84,14 @@ def trainer_arguments(
             bf16=on_gpu and dtype == torch.bfloat16,
             fp16=on_gpu and dtype == torch.float16,
             dataloader_pin_memory=on_gpu,
+            ddp_find_unused_parameters=False,
             **special,
         )
     except ValueError as error:
         raise UserError(f"train: {str(error).splitlines()[0]}") from error
+    if arguments.world_size != world_size():
+        raise UserError(
+            f"WORLD_SIZE says {world_size()} processes, but {arguments.world_size} found each other: start training "
+            "with torchrun (accelerate launch --cpu starts a single one)"
+        )
+    return arguments

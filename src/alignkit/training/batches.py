@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 WINDOW = 16
 """Optimizer steps whose rows are sorted together: wide enough to save padding, narrow enough to keep steps varied."""
@@ -33,6 +38,11 @@ class LengthGroupedSampler(Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
+        for step in self.steps():
+            yield from step
+
+    def steps(self) -> Iterator[list[int]]:
+        """The rows of one optimizer step after the other."""
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         steps: list[list[int]] = []
@@ -40,8 +50,77 @@ class LengthGroupedSampler(Sampler[int]):
             window = sorted(order[start : start + WINDOW * self.rows_per_step], key=lambda row: self.lengths[row])
             steps += [window[first : first + self.rows_per_step] for first in range(0, len(window), self.rows_per_step)]
         full = [step for step in steps if len(step) == self.rows_per_step]
-        smaller = [step for step in steps if len(step) < self.rows_per_step]
         for index in torch.randperm(len(full), generator=generator).tolist():
-            yield from full[index]
-        for step in smaller:
-            yield from step
+            yield full[index]
+        yield from (step for step in steps if len(step) < self.rows_per_step)
+
+
+class OwnBatches(Sampler[list[int]]):
+    """The batches of one process: its share of every optimizer step, in batches of at most `batch_size` rows.
+
+    The processes take turns through a step's rows, which are sorted by length, so that all have about the same to do.
+    `even`: see `share`.
+    """
+
+    drop_last = False
+
+    def __init__(
+        self, sampler: LengthGroupedSampler, batch_size: int, rank: int, world_size: int, even: bool = False
+    ) -> None:
+        self.sampler = sampler
+        self.even = even
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        rows, per_step = len(self.sampler), self.sampler.rows_per_step
+        sizes = [per_step] * (rows // per_step) + [rows % per_step]
+        return sum(_batches(size, self.batch_size, self.world_size) for size in sizes)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.sampler.steps():
+            yield from share(step, self.batch_size, self.rank, self.world_size, self.even)
+
+
+def share(step: Sequence[int], batch_size: int, rank: int, world_size: int, even: bool = False) -> list[list[int]]:
+    """The batches of process `rank` out of the rows of an optimizer step; every process gets equally many.
+
+    No row is given twice, unless the last step of an epoch has fewer rows than would make a batch for each process:
+    they wait for each other's gradients, so that none can go without. Then rows are repeated. With `even`, for trainers
+    that want as many rows from each process, so is one row of every process that has one fewer than the first.
+    """
+    own = list(step[rank::world_size]) or [step[rank % len(step)]]
+    if even and len(own) * world_size < len(step):
+        own.append(own[-1])
+    batches = [own[first : first + batch_size] for first in range(0, len(own), batch_size)]
+    if len(batches) < _batches(len(step), batch_size, world_size):  # the first processes have one row more
+        last = batches.pop()
+        batches += [last[:-1] or last, last[-1:]]
+    return batches
+
+
+def _batches(rows: int, batch_size: int, world_size: int) -> int:
+    """How many batches each process makes of a step's rows."""
+    return math.ceil(math.ceil(rows / world_size) / batch_size)
+
+
+def step_loader(trainer: Trainer, lengths: Sequence[int], even: bool = False) -> DataLoader[Any]:
+    """The trainer's rows, of these lengths, as this process reads them: batches by length, its share of each step.
+
+    What takes the place of the trainer's own loader, which would deal out whole batches and, for the last step, repeat
+    rows of the first.
+    """
+    from accelerate.data_loader import prepare_data_loader
+
+    arguments = trainer.args
+    rows_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    sampler = LengthGroupedSampler(lengths, rows_per_step, arguments.seed)
+    batches = OwnBatches(sampler, arguments.train_batch_size, arguments.process_index, arguments.world_size, even)
+    rows: Dataset[Any] = trainer._remove_unused_columns(trainer.train_dataset, description="training")
+    loader = DataLoader(
+        rows, batch_sampler=batches, collate_fn=trainer.data_collator, pin_memory=arguments.dataloader_pin_memory
+    )
+    device = trainer.accelerator.device
+    ready: DataLoader[Any] = prepare_data_loader(loader, device, num_processes=1, process_index=0, put_on_device=True)
+    return ready

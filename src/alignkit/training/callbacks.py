@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alignkit.core.progress import progress
@@ -55,6 +57,26 @@ class AdapterMoved(TrainerCallback):
             self._check("adapter_moved", False, f"{detail}, e.g. {min(unmoved - too_early)}")
 
 
+class ProcessesAgree(TrainerCallback):
+    """Check that all processes hold the same weights: they start alike and apply the same gradients at every step.
+
+    Processes that fail to exchange gradients train each on its own rows, and what is saved has seen only a part.
+    """
+
+    def __init__(self, policy: torch.nn.Module, check: Check) -> None:
+        self._weights = [weight for weight in policy.parameters() if weight.requires_grad]
+        self._check = check
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Compare after the first step, and after the last."""
+        if args.world_size == 1 or state.global_step not in (1, state.max_steps):
+            return
+        total = sum(weight.detach().double().abs().sum() for weight in self._weights)
+        totals = gather(torch.as_tensor(total, device=args.device).reshape(1)).tolist()
+        detail = f"{len(totals)} processes, weights {totals[0]:.6f} at step {state.global_step}"
+        self._check("processes_agree", len(totals) == args.world_size and len(set(totals)) == 1, detail)
+
+
 class StepReport(TrainerCallback):
     """Progress, a log line for the last step as for the first, no checkpoint after the last, and a stop at NaN."""
 
@@ -93,5 +115,7 @@ class SealCheckpoints(TrainerCallback):
     """Seal each checkpoint once it is whole."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Hash the files of the checkpoint that was just written."""
-        seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        """Hash the files of the checkpoint that was just written; every process has written its random state to it."""
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alignkit.core.artifact import Artifact
-from alignkit.training.callbacks import AdapterMoved, SealCheckpoints, StepReport
+from alignkit.core.errors import UserError
+from alignkit.core.ranks import is_main, rank, world_size
+from alignkit.training.callbacks import AdapterMoved, ProcessesAgree, SealCheckpoints, StepReport
 from alignkit.training.checkpoints import newest_intact
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
 
 LOG = logging.getLogger("alignkit")
 
@@ -67,20 +69,27 @@ def fit(trainer: Trainer, artifact: Artifact, description: str) -> list[dict[str
     trainer.remove_callback(PrinterCallback)
     for callback in (
         AdapterMoved(policy, artifact.check),
+        ProcessesAgree(policy, artifact.check),
         StepReport(description, artifact.check),
         SealCheckpoints(),
     ):
         trainer.add_callback(callback)
-    checkpoint = newest_intact(Path(str(trainer.args.output_dir)))
+    checkpoint = _checkpoint(Path(str(trainer.args.output_dir)))
     continued_from = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
     if continued_from:
         LOG.info("%s: continues from step %d", description, continued_from)
+    if world_size() > 1:
+        LOG.info("%s: %s", description, _division(trainer.args))
+        torch.manual_seed(trainer.args.seed + rank())  # each drops out other parts of its rows
+        # a model that was evaluated counts as prepared, and its processes would train without exchanging gradients
+        vars(policy).pop("_is_accelerate_prepared", None)
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     policy.eval()
     losses = [_loss_row(entry) for entry in trainer.state.log_history if "loss" in entry]
     artifact.metrics.update(
         steps=trainer.state.global_step,
+        processes=world_size(),
         continued_from_step=continued_from,
         first_loss=losses[0]["loss"],
         last_loss=losses[-1]["loss"],
@@ -90,6 +99,33 @@ def fit(trainer: Trainer, artifact: Artifact, description: str) -> list[dict[str
         "%s: %d steps, loss %.4f -> %.4f", description, trainer.state.global_step, losses[0]["loss"], losses[-1]["loss"]
     )
     return losses
+
+
+def _checkpoint(folder: Path) -> Path | None:
+    """The checkpoint to continue from; the main process chooses it for all.
+
+    Raises `UserError` when another number of processes wrote it: each continues with its own random state.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    found = [newest_intact(folder) if is_main() else None]
+    broadcast_object_list(found)
+    checkpoint = found[0]
+    if checkpoint is not None and (wrote := len(list(checkpoint.glob("rng_state*.pth")))) != world_size():
+        raise UserError(
+            f"{checkpoint} is of a run of {wrote} process(es), and this one has {world_size()}: start as many as "
+            "before to continue, or give force=true to begin anew"
+        )
+    return checkpoint
+
+
+def _division(arguments: TrainingArguments) -> str:
+    """How the processes share an optimizer step, for the log."""
+    own = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    return (
+        f"{world_size()} processes share each optimizer step of {own * world_size()} rows: {own} each, "
+        f"{arguments.per_device_train_batch_size} at once"
+    )
 
 
 def _loss_row(entry: dict[str, Any]) -> dict[str, float]:

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
 from alignkit.core.artifact import Artifact
 from alignkit.core.config import TrainConfig
 from alignkit.training.arguments import trainer_arguments
-from alignkit.training.batches import LengthGroupedSampler
+from alignkit.training.batches import step_loader
 from alignkit.training.checkpoints import checkpoint_folder
 from alignkit.training.fit import fit, trainable_in_float32
 
@@ -245,7 +245,7 @@ class _Trainer(DPOTrainer):
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset  # tokenised already
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches by length, of this process; TRL collects its metrics row by row, as many from each process."""
         assert isinstance(self.train_dataset, Dataset)
-        rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedSampler(self.train_dataset["length"], rows_per_step, self.args.seed)
+        return step_loader(self, self.train_dataset["length"], even=True)

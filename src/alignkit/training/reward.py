@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -25,7 +25,7 @@ from alignkit.core.config import TrainConfig
 from alignkit.models.reward_model import RewardModel, encode_answers
 from alignkit.models.value_head import PromptGroup, ValueHeadModel, collate
 from alignkit.training.arguments import trainer_arguments
-from alignkit.training.batches import LengthGroupedSampler
+from alignkit.training.batches import step_loader
 from alignkit.training.checkpoints import checkpoint_folder
 from alignkit.training.fit import fit, trainable_in_float32
 from alignkit.training.reward_data import AnswerGroup, Comparison
@@ -204,9 +204,11 @@ class _Trainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the pair accuracy since the last line."""
+        """Add the pair accuracy since the last line, over all processes."""
         if "loss" in logs and self._pairs:
-            logs["rewards/accuracies"] = self._right / self._pairs
+            counts = torch.tensor([self._right, self._pairs], device=self.accelerator.device)
+            right, pairs = self.accelerator.reduce(counts).tolist()
+            logs["rewards/accuracies"] = right / pairs
             self._right = self._pairs = 0
         super().log(logs, start_time)
 
@@ -219,6 +221,6 @@ class _Trainer(Trainer):
         state = load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
         self.module.load_state_dict(state, strict=False)  # the rest is the frozen base
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedSampler(self.lengths, rows_per_step, self.args.seed)
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches by length, of this process."""
+        return step_loader(self, self.lengths)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader
 from trl import SFTConfig, SFTTrainer
 
 from alignkit.core.artifact import Artifact
 from alignkit.core.config import TrainConfig
 from alignkit.data.chat import EncodedExample
 from alignkit.training.arguments import trainer_arguments
-from alignkit.training.batches import LengthGroupedSampler
+from alignkit.training.batches import step_loader
 from alignkit.training.checkpoints import checkpoint_folder
 from alignkit.training.fit import fit, trainable_in_float32
 
@@ -55,8 +55,7 @@ def train_supervised(
 class _Trainer(SFTTrainer):
     """TRL's trainer with our batches."""
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches by length, of this process."""
         assert isinstance(self.train_dataset, Dataset)
-        lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
-        rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedSampler(lengths, rows_per_step, self.args.seed)
+        return step_loader(self, [len(ids) for ids in self.train_dataset["input_ids"]])
