@@ -22,7 +22,7 @@ from alignkit.core.sweep import plan
 CONF = conf_dir()
 MODELS = group_options("model")
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
-COMMAND = re.compile(r"(?:python -m alignkit\.|^\W*alignkit )(\w+)(?: ([^#]*?))?(?:\s+#.*|\s*)$")
+COMMAND = re.compile(r"(?:-m alignkit\.|^\W*alignkit )(\w+)(?: ([^#]*?))?(?:\s+#.*|\s*)$")
 
 
 def compose(stage: str, *overrides: str) -> StageConfig:

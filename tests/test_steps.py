@@ -282,7 +282,9 @@ def test_a_real_step_is_the_command_a_user_would_type(tmp_path: Path) -> None:
         list(execute([step], 1, tmp_path / "logs"))
 
 
-STEP = "import time; from alignkit.core.process import guarded; raise SystemExit(guarded('step', lambda: time.sleep(60)))"
+STEP = (
+    "import time; from alignkit.core.process import guarded as g; raise SystemExit(g('step', lambda: time.sleep(60)))"
+)
 PARENT_OF_STEP = f"""
 import os, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", {STEP!r}], env=os.environ | {{"ALIGNKIT_PARENT": str(os.getpid())}})

@@ -73,8 +73,10 @@ def run(config: DPOConfig) -> Artifact:
         if artifact.up_to_date:
             return artifact
         from alignkit.models.loading import check_adapter, load_policy, load_tokenizer, save_adapter
+        from alignkit.training.distributed import require_possible
         from alignkit.training.preference import Objective, train_preference
 
+        require_possible("dpo", config.model, config.train, config.distributed)
         if config.reference not in ("sft_adapter", "base"):
             check_adapter(config.reference, config.model)
         tokenizer = load_tokenizer(config.model)

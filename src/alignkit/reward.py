@@ -83,9 +83,11 @@ def run(config: RewardConfig) -> Artifact:
         if artifact.up_to_date:
             return artifact
         from alignkit.models.loading import load_tokenizer
+        from alignkit.training.distributed import require_possible
         from alignkit.training.reward import Objective, train_reward_model
         from alignkit.training.reward_data import split_by_prompt
 
+        require_possible("reward", config.model, config.train, config.distributed)
         groups = read_groups(config, artifact)
         train_groups, held_out_groups = split_by_prompt(groups, config.held_out_share, config.seed)
         if not train_groups:

@@ -78,8 +78,10 @@ def run(config: SFTConfig) -> Artifact:
             return artifact
         from alignkit.data.chat import audit_labels, preview
         from alignkit.models.loading import load_tokenizer, save_adapter
+        from alignkit.training.distributed import require_possible
         from alignkit.training.supervised import train_supervised
 
+        require_possible("sft", config.model, config.train, config.distributed)
         tokenizer = load_tokenizer(config.model)
         encoded = _encode(config, tokenizer, artifact.drop)
         for name, passed, detail in audit_labels(tokenizer, encoded):
@@ -87,7 +89,7 @@ def run(config: SFTConfig) -> Artifact:
         print(preview(tokenizer, encoded, count=3, colour=sys.stdout.isatty()))
 
         policy = _starting_policy(config)
-        losses = train_supervised(policy, tokenizer, encoded, config.train, config.seed, artifact)
+        losses = train_supervised(policy, tokenizer, encoded, config.train, config.seed, artifact, config.distributed)
         if not artifact.writes:
             return artifact
 

@@ -70,8 +70,6 @@ def load_config(stage: str, overrides: Sequence[str] = ()) -> Any:
 
 def run_stage(stage: str, config: StageConfig) -> Artifact:
     """Import a stage by name, run it, and log its result in one line."""
-    if world_size() > 1 and not hasattr(config, "distributed"):
-        raise UserError(f"{stage} is the work of one process: start it without torchrun. See {_help(stage)}")
     artifact: Artifact = stage_module(stage).run(config)
     if not artifact.up_to_date:
         LOG.info(
@@ -98,6 +96,8 @@ def _run_command(stage: str, arguments: list[str]) -> int:
         check_keys(stage, compose(stage, overrides))
         hydra_main(stage, [*flags, *overrides], lambda composed: None)
         return DONE
+    if world_size() > 1 and "distributed" not in default_groups(stage):
+        raise UserError(f"{stage} is the work of one process: start it without torchrun. See {_help(stage)}")
     with recorded_command(shlex.join(["alignkit", stage, *overrides])):
         run_stage(stage, load_config(stage, overrides))
     return DONE

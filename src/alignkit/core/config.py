@@ -24,6 +24,20 @@ class Quantization(Enum):
     nf4 = "nf4"
 
 
+class Strategy(Enum):
+    """What several GPUs divide among themselves besides the rows.
+
+    `none`: nothing, and one process may train alone. `ddp`: nothing, and there must be several processes. `zero2`: the
+    optimizer's state and gradients (DeepSpeed). `zero3`: the weights as well (DeepSpeed). `fsdp`: likewise (PyTorch).
+    """
+
+    none = "none"
+    ddp = "ddp"
+    zero2 = "zero2"
+    zero3 = "zero3"
+    fsdp = "fsdp"
+
+
 class TeacherMode(Enum):
     """Who answers: the embedded rule-based teacher of the closed world, or an OpenAI-compatible server.
 
@@ -115,6 +129,8 @@ class ModelConfig:
     chat_template: Optional[str] = None
     """A .jinja file that replaces the tokenizer's own template."""
     quantization: Quantization = Quantization.none
+    quant_storage: str = "uint8"
+    """Dtype that 4-bit weights are packed in; zero3 and fsdp divide weights only if it is model.dtype."""
     dtype: str = "auto"
     """float32, bfloat16, float16, or auto: bfloat16 on a GPU that has it, else float32."""
     attn: str = "sdpa"
@@ -137,7 +153,10 @@ class LoraConfig:
 
 @dataclass
 class TrainConfig:
-    """How to train. Batch sizes count rows; one optimizer step sees batch_size * gradient_accumulation rows."""
+    """How to train. Batch sizes count rows; one optimizer step sees batch_size * gradient_accumulation rows.
+
+    Several processes share these rows, and none reads more than batch_size at once.
+    """
 
     learning_rate: float = 2e-4
     epochs: float = 3.0
@@ -158,7 +177,11 @@ class TrainConfig:
 
 @dataclass
 class DistributedConfig:
-    """How the processes that torchrun starts share the work of training. See docs/several_gpus.md."""
+    """How the processes that torchrun starts, one a GPU, share the work of training. See docs/several_gpus.md."""
+
+    strategy: Strategy = Strategy.none
+    offload: bool = False
+    """Keep in main memory what zero2, zero3 and fsdp divide among the GPUs: slower, for what does not fit otherwise."""
 
 
 @dataclass

@@ -27,7 +27,7 @@ PARENT = "ALIGNKIT_PARENT"
 """Environment variable: the process that runs this stage as one of its steps; when it is gone, the step ends, too."""
 
 
-PATIENCE_SECONDS = 3.0
+PATIENCE_SECONDS = 10.0
 """How long a process that fails waits to be stopped by its launcher, because another one has failed before it."""
 
 

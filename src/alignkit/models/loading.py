@@ -81,6 +81,14 @@ def resolve_dtype(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
+def resolve_storage(name: str) -> torch.dtype:
+    """The dtype of `model.quant_storage`."""
+    dtypes = {"uint8": torch.uint8, **_DTYPES}
+    if name not in dtypes:
+        raise UserError(f"model.quant_storage={name}: choose {', '.join(dtypes)}")
+    return dtypes[name]
+
+
 # -- loading -----------------------------------------------------------------------------------------------------------
 
 
@@ -127,7 +135,7 @@ def load_base(model: ModelConfig) -> PreTrainedModel:
     if torch.cuda.is_available():
         keywords["device_map"] = {"": local_rank()}
     if model.quantization is Quantization.nf4:
-        keywords["quantization_config"] = _nf4(dtype)
+        keywords["quantization_config"] = _nf4(dtype, resolve_storage(model.quant_storage))
     try:
         base = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=False, **keywords)
     except (OSError, ValueError) as error:
@@ -241,12 +249,16 @@ def base_fingerprint(base: torch.nn.Module) -> str:
 # -- inside ------------------------------------------------------------------------------------------------------------
 
 
-def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+def _nf4(dtype: torch.dtype, storage: torch.dtype) -> BitsAndBytesConfig:
     """4-bit NormalFloat with double quantisation (Dettmers et al., 2023, arXiv 2305.14314)."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=storage,
     )
 
 

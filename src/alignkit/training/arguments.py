@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from alignkit.core.config import TrainConfig
+from alignkit.core.config import DistributedConfig, Strategy, TrainConfig
 from alignkit.core.errors import UserError
 from alignkit.core.ranks import world_size
+from alignkit.training.distributed import batches_of_process, sharding_arguments
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -25,26 +26,16 @@ def optimizer_steps(rows: int, train: TrainConfig) -> int:
     return math.ceil(train.epochs * math.ceil(rows / (train.batch_size * train.gradient_accumulation)))
 
 
-def batches_of_process(train: TrainConfig, processes: int) -> tuple[int, int]:
-    """Rows that each of these processes reads at once, at most `batch_size`, and how many times in an optimizer step.
-
-    The step keeps its batch_size * gradient_accumulation rows however many processes share it, so that their number
-    changes nothing but the time. Raises `UserError` when they cannot have equally many.
-    """
-    rows = train.batch_size * train.gradient_accumulation
-    own, rest = divmod(rows, processes)
-    if rest:
-        fitting = " or ".join(str(each) for each in (rows - rest, rows - rest + processes) if each)
-        raise UserError(
-            f"train.batch_size * train.gradient_accumulation = {rows} rows make an optimizer step, which {processes} "
-            f"processes cannot share equally: set them to make {fitting} rows"
-        )
-    times = next(times for times in range(math.ceil(own / train.batch_size), own + 1) if own % times == 0)
-    return own // times, times
-
-
 def trainer_arguments(
-    kind: type[A], train: TrainConfig, folder: Path, *, rows: int, seed: int, dtype: torch.dtype, **special: Any
+    kind: type[A],
+    train: TrainConfig,
+    folder: Path,
+    *,
+    rows: int,
+    seed: int,
+    dtype: torch.dtype,
+    distributed: DistributedConfig | None = None,
+    **special: Any,
 ) -> A:
     """Arguments of class `kind` (SFTConfig, DPOConfig, TrainingArguments, ...) for training on `rows` rows.
 
@@ -54,6 +45,7 @@ def trainer_arguments(
     not saved, the finished model is. Raises `UserError` for values that the trainer refuses.
     """
     on_gpu = torch.cuda.is_available()
+    distributed = distributed or DistributedConfig()
     batch_size, accumulation = batches_of_process(train, world_size())
     try:
         arguments = kind(
@@ -71,7 +63,7 @@ def trainer_arguments(
             weight_decay=train.weight_decay,
             max_grad_norm=train.max_grad_norm,
             optim=train.optimizer,
-            activation_checkpointing=train.gradient_checkpointing,
+            activation_checkpointing=train.gradient_checkpointing and distributed.strategy is not Strategy.fsdp,
             logging_steps=train.logging_steps,
             logging_first_step=True,
             logging_nan_inf_filter=False,
@@ -85,6 +77,7 @@ def trainer_arguments(
             fp16=on_gpu and dtype == torch.float16,
             dataloader_pin_memory=on_gpu,
             ddp_find_unused_parameters=False,
+            **sharding_arguments(distributed, train),
             **special,
         )
     except ValueError as error:

@@ -16,6 +16,7 @@ from alignkit.core.errors import UserError
 from alignkit.core.ranks import is_main, rank, world_size
 from alignkit.training.callbacks import AdapterMoved, ProcessesAgree, SealCheckpoints, StepReport
 from alignkit.training.checkpoints import newest_intact
+from alignkit.training.distributed import make_whole, trained_weights
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -67,12 +68,10 @@ def fit(trainer: Trainer, artifact: Artifact, description: str) -> list[dict[str
     policy = trainer.model
     assert policy is not None
     trainer.remove_callback(PrinterCallback)
-    for callback in (
-        AdapterMoved(policy, artifact.check),
-        ProcessesAgree(policy, artifact.check),
-        StepReport(description, artifact.check),
-        SealCheckpoints(),
-    ):
+    divided = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    before = trained_weights(policy) if divided else {}
+    watching = [] if divided else [AdapterMoved(policy, artifact.check), ProcessesAgree(policy, artifact.check)]
+    for callback in (*watching, StepReport(description, artifact.check), SealCheckpoints()):
         trainer.add_callback(callback)
     checkpoint = _checkpoint(Path(str(trainer.args.output_dir)))
     continued_from = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
@@ -86,6 +85,11 @@ def fit(trainer: Trainer, artifact: Artifact, description: str) -> list[dict[str
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     policy.eval()
+    if divided:
+        make_whole(policy)
+        unmoved = [name for name, weight in trained_weights(policy).items() if torch.equal(weight, before[name])]
+        detail = f"{len(unmoved)} of {len(before)} matrices have not moved by step {trainer.state.global_step}"
+        artifact.check("adapter_moved", not unmoved, detail)
     losses = [_loss_row(entry) for entry in trainer.state.log_history if "loss" in entry]
     artifact.metrics.update(
         steps=trainer.state.global_step,

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from trl import SFTConfig, SFTTrainer
 
 from alignkit.core.artifact import Artifact
-from alignkit.core.config import TrainConfig
+from alignkit.core.config import DistributedConfig, TrainConfig
 from alignkit.data.chat import EncodedExample
 from alignkit.training.arguments import trainer_arguments
 from alignkit.training.batches import step_loader
@@ -29,6 +29,7 @@ def train_supervised(
     train: TrainConfig,
     seed: int,
     artifact: Artifact,
+    distributed: DistributedConfig | None = None,
 ) -> list[dict[str, float]]:
     """Train the policy's adapter in place on encoded examples; returns the rows of loss.jsonl.
 
@@ -44,6 +45,7 @@ def train_supervised(
         rows=len(encoded),
         seed=seed,
         dtype=policy.dtype,
+        distributed=distributed,
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
