@@ -12,7 +12,7 @@ import pytest
 
 from alignkit.compare import JobResult, markdown_table, metric_names, read_jobs
 from alignkit.core.errors import UserError
-from alignkit.core.sweep import job_name
+from alignkit.core.sweep import job_name, plan
 
 SWEEP = Path("runs/default/toy-sweep")
 
@@ -82,6 +82,12 @@ def test_one_job_is_a_sweep_too(house: House) -> None:
     result = house.run("-m", "factor=2")
     assert result.code == 0, result.err
     assert house.manifest(f"{SWEEP}/jobs/job")["metrics"]["length"] == 22.0
+
+
+def test_a_launcher_and_its_settings_are_for_the_run_and_not_for_the_plan(house: House) -> None:
+    """Launchers are extras, so that a plan must not need them."""
+    jobs = plan("toy", ["factor=1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"])
+    assert [job.overrides["factor"] for job in jobs] == ["1", "2"]
 
 
 def test_nothing_starts_when_one_job_is_mistaken(house: House) -> None:

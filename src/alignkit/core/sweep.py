@@ -61,7 +61,8 @@ def plan(stage: str, overrides: Sequence[str]) -> list[Job]:
     def collect(composed: Any) -> None:
         jobs.append(Job(job_overrides(), to_dataclass(stage, composed)))
 
-    here = [override for override in overrides if not override.lstrip("+").startswith("hydra/launcher=")]
+    elsewhere = ("hydra/launcher=", "hydra.launcher.")
+    here = [override for override in overrides if not override.lstrip("+").startswith(elsewhere)]
     with tempfile.TemporaryDirectory() as folder:
         hydra_main(stage, ["-m", *here], collect, sweep_dir=Path(folder))
     return jobs
