@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,14 +15,14 @@ from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from tiny_random import random_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from transformers import TrainingArguments
+from transformers import TrainerControl, TrainingArguments
 
 from alignkit.core.app import load_config
 from alignkit.core.config import DistributedConfig, LoraConfig, ModelConfig, Quantization, Strategy, TrainConfig
 from alignkit.core.errors import UserError
 from alignkit.core.stages import group_options
 from alignkit.models.loading import base_fingerprint, load_base, load_tokenizer, new_adapter, save_adapter
-from alignkit.training import arguments
+from alignkit.training import arguments, callbacks
 from alignkit.training.arguments import trainer_arguments
 from alignkit.training.batches import LengthGroupedSampler, OwnBatches, share
 from alignkit.training.distributed import (
@@ -168,6 +169,21 @@ def test_processes_that_do_not_find_each_other_stop(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(arguments, "world_size", lambda: 2)
     with pytest.raises(UserError, match=r"WORLD_SIZE says 2 processes, but 1 found each other"):
         trainer_arguments(TrainingArguments, TrainConfig(), tmp_path, rows=8, seed=1, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("totals", "agree"), [([3.0, 3.0], True), ([3.0, 3.5], False), ([3.0], False)])
+def test_processes_that_train_apart_are_found(
+    totals: list[float], agree: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks: list[tuple[str, bool, str]] = []
+    monkeypatch.setattr(callbacks, "gather", lambda own: torch.tensor(totals) if own.tolist() == [3.0] else own)
+    watch = callbacks.ProcessesAgree(torch.nn.Linear(3, 1, bias=False), lambda *check: checks.append(check))
+    with torch.no_grad():
+        watch._weights[0].copy_(torch.tensor([[1.0, -1.0, 1.0]]))
+    two: Any = SimpleNamespace(world_size=2, device="cpu")
+    for step in (1, 2, 9):
+        watch.on_step_end(two, SimpleNamespace(global_step=step, max_steps=9), TrainerControl())  # type: ignore[arg-type]
+    assert [(name, passed) for name, passed, _ in checks] == [("processes_agree", agree)] * 2  # at 1 and at 9
 
 
 # -- what the trainers are told ----------------------------------------------------------------------------------------
