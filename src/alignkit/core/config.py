@@ -24,6 +24,23 @@ class Quantization(Enum):
     nf4 = "nf4"
 
 
+class LoraInit(Enum):
+    """Where a new adapter starts: B = 0 (adds nothing), or the base's largest singular directions (PiSSA)."""
+
+    default = "default"
+    pissa = "pissa"
+
+
+class Tracker(Enum):
+    """Where the figures of a training go besides loss.jsonl."""
+
+    none = "none"
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+    trackio = "trackio"
+    mlflow = "mlflow"
+
+
 class TeacherMode(Enum):
     """Who answers: the embedded rule-based teacher of the closed world, or an OpenAI-compatible server.
 
@@ -133,6 +150,13 @@ class LoraConfig:
     rank: int = 16
     alpha: int = 32
     dropout: float = 0.05
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank), so that a larger rank does not learn more slowly (arXiv 2312.03732)."""
+    dora: bool = False
+    """Learn each output's magnitude apart from its direction (arXiv 2402.09353)."""
+    init: LoraInit = LoraInit.default
+    """Where a new adapter starts; pissa (arXiv 2404.02948) learns faster, and is saved as a plain adapter of twice the
+    rank."""
 
 
 @dataclass
@@ -154,6 +178,15 @@ class TrainConfig:
     logging_steps: int = 5
     save_steps: int = 50
     """Write a checkpoint to resume from every so many optimizer steps."""
+    neftune_alpha: Optional[float] = None
+    """Add noise of this size to the input embeddings while training, 5 to 15 (arXiv 2310.05914); none: no noise."""
+    packing: bool = False
+    """Put several rows into one sequence of at most model.max_length tokens; a batch then counts such sequences."""
+    padding_free: bool = False
+    """Lay the rows of a batch end to end instead of padding them to the longest."""
+    tracker: Tracker = Tracker.tensorboard
+    """Where figures go besides loss.jsonl; tensorboard writes event files into the run folder, nothing leaves the
+    machine."""
 
 
 @dataclass

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
-from alignkit.core.config import LoraConfig, ModelConfig, Quantization
+from alignkit.core.config import LoraConfig, LoraInit, ModelConfig, Quantization
 from alignkit.core.errors import UserError
 from alignkit.models import qwen_v1
 
@@ -196,6 +196,9 @@ def new_adapter(base: PreTrainedModel, lora: LoraConfig, targets: list[str]) -> 
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        init_lora_weights="pissa" if lora.init is LoraInit.pissa else True,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
         base_model_name_or_path=base.name_or_path,
     )

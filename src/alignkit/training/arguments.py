@@ -60,6 +60,7 @@ def trainer_arguments(
             save_steps=math.ceil(train.save_steps / train.logging_steps) * train.logging_steps,
             save_total_limit=2,
             eval_strategy="no",
+            neftune_noise_alpha=train.neftune_alpha,
             report_to="none",
             disable_tqdm=True,
             use_cpu=not on_gpu,
