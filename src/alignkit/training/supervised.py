@@ -70,7 +70,10 @@ def train_supervised(
 
 
 class _Trainer(SFTTrainer):
-    """TRL's trainer with our batches."""
+    """TRL's trainer with our batches, and without its telemetry."""
+
+    def _send_telemetry(self) -> None:
+        pass
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         assert isinstance(self.train_dataset, Dataset)
