@@ -103,7 +103,7 @@ def fit(
         *tracking_callbacks(train.tracker, artifact, continued_from),
         *([] if held_out is None else [held_out]),
         stop,
-        SealCheckpoints(policy, artifact.check),
+        SealCheckpoints(policy, artifact.check, artifact.config["model"]["path"]),
     ):
         trainer.add_callback(callback)
     started = time.monotonic()
