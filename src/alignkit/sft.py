@@ -1,10 +1,12 @@
 """sft: supervised fine-tuning. Teach the base model to answer like the examples, with a LoRA adapter.
 
-Only completions are learned, end-of-turn token included; the prompt is not. With model.quantization=nf4 the frozen base
+Of conversations the completions are learned, each turn with its end-of-turn token; prompts, tools and users are not.
+Documents are learned whole. With model.quantization=nf4 the frozen base
 is held in 4 bits (QLoRA) and the adapter stays in float32. A run that was interrupted continues with the same command
 from its last checkpoint, and gives the result that an uninterrupted run gives.
 
-Reads:   data.path: rows with prompt and answer (QA examples, prompt/completion, messages, Alpaca, HotpotQA)
+Reads:   data.path: rows with prompt and answer (QA examples, prompt/completion, messages, Alpaca, HotpotQA, QA-Expert,
+         RAFT), with tool calls and tools or without; or documents (pages, rows with a text)
          init_adapter: an adapter to continue from, with a new optimizer (optional)
 Writes:  adapter/, loss.jsonl, dropped.jsonl with the reason for each row that was not used
 
@@ -13,6 +15,8 @@ Overrides people use:
   train.learning_rate=1e-4 train.epochs=2  how long and how fast
   init_adapter=runs/demo/sft/adapter       staged continuation: start from this adapter
   model.quantization=nf4                   4-bit base
+  learn=assistant                          every assistant turn of a conversation, not only the completion
+  overlong=split                           cut long documents into pieces instead of dropping them
   preview=true                             show rows with what is learned, and stop
   resume=true                              continue an interrupted run, and refuse to begin a new one
 
@@ -27,12 +31,13 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
 from alignkit.core.config import LoraConfig, ModelConfig, RowsConfig, StageConfig, TrainConfig
 from alignkit.core.errors import UserError
-from alignkit.core.records import ChatExample
+from alignkit.core.records import ChatExample, TextExample
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,6 +48,20 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("alignkit")
 
 
+class Learn(Enum):
+    """Which turns of a conversation are learned: the completion's assistant turns, or the prompt's, too."""
+
+    completion = "completion"
+    assistant = "assistant"
+
+
+class Overlong(Enum):
+    """What becomes of a document that is longer than the model's max_length. Conversations are always dropped."""
+
+    drop = "drop"
+    split = "split"
+
+
 @dataclass
 class SFTConfig(StageConfig):
     """What to learn, from which model, and how."""
@@ -51,6 +70,10 @@ class SFTConfig(StageConfig):
     incidental: ClassVar[tuple[str, ...]] = (*StageConfig.incidental, "preview")
 
     data: RowsConfig = field(default_factory=RowsConfig)
+    learn: Learn = Learn.completion
+    """`completion`: its assistant turns; `assistant`: all assistant turns of the conversation (`messages` rows)."""
+    overlong: Overlong = Overlong.drop
+    """Documents longer than model.max_length: `drop` them with a reason, or `split` them into pieces of that length."""
     init_adapter: Optional[str] = None  # noqa: UP045
     """Continue from this adapter with a new optimizer; its rank and dropout then count, not those of `lora`."""
     resume: bool = False
@@ -75,7 +98,7 @@ def run(config: SFTConfig) -> Artifact:
     with artifact:
         if artifact.up_to_date:
             return artifact
-        from alignkit.data.chat import audit_labels, preview
+        from alignkit.data.chat import audit_labels, count_learned, preview
         from alignkit.models.loading import load_tokenizer, save_adapter
         from alignkit.training.supervised import train_supervised
 
@@ -91,7 +114,7 @@ def run(config: SFTConfig) -> Artifact:
         with artifact.output("adapter") as folder:
             save_adapter(policy, folder, config.model)
         artifact.write_rows("loss.jsonl", losses)
-        artifact.metrics.update(rows=len(encoded), tokens=sum(len(row.input_ids) for row in encoded))
+        artifact.metrics.update(count_learned(encoded))
         artifact.summary = f"{len(encoded)} rows, loss {losses[0]['loss']:.3f} -> {losses[-1]['loss']:.3f}"
     return artifact
 
@@ -99,25 +122,45 @@ def run(config: SFTConfig) -> Artifact:
 def _encode(
     config: SFTConfig,
     tokenizer: PreTrainedTokenizerBase,
-    drop: Callable[[ChatExample | dict[str, object], str, str], None],
+    drop: Callable[[ChatExample | TextExample | dict[str, object], str, str], None],
 ) -> Sequence[EncodedExample]:
     """Examples as tokens and labels; those that cannot be used are dropped with a reason."""
-    from alignkit.data.chat import encode_example
     from alignkit.data.sources import read_examples
 
     examples, unusable = read_examples(config.data)
     for dropped in unusable:
         drop(dropped.row, dropped.reason, dropped.detail)
-    encoded = []
+    encoded: list[EncodedExample] = []
     for example in examples:
-        row = encode_example(tokenizer, example.prompt, example.completion, config.model.max_length)
-        if isinstance(row, str):
-            drop(example, row, "")
+        rows = _rows(config, tokenizer, example)
+        if isinstance(rows, str):
+            drop(example, rows, "")
         else:
-            encoded.append(row)
+            encoded += rows
     if not encoded:
         raise UserError(f"{config.data.path}: no row can be used; dropped.jsonl says why")
     return encoded
+
+
+def _rows(
+    config: SFTConfig, tokenizer: PreTrainedTokenizerBase, example: ChatExample | TextExample
+) -> list[EncodedExample] | str:
+    """A conversation as one row, a document as one or several; or the reason to drop it."""
+    from alignkit.data.chat import document_end_id, encode_document, encode_example
+
+    length = config.model.max_length
+    if isinstance(example, TextExample):
+        end = document_end_id(tokenizer, config.model.document_end)
+        return encode_document(tokenizer, example.text, end, length, split=config.overlong is Overlong.split)
+    row = encode_example(
+        tokenizer,
+        example.prompt,
+        example.completion,
+        length,
+        tools=example.tools,
+        whole=config.learn is Learn.assistant,
+    )
+    return row if isinstance(row, str) else [row]
 
 
 def _starting_policy(config: SFTConfig) -> PeftModel:
@@ -137,7 +180,7 @@ def _starting_policy(config: SFTConfig) -> PeftModel:
 
 def _show(config: SFTConfig, artifact: Artifact) -> Artifact:
     """Print rows with their learned tokens marked; nothing is trained or written."""
-    from alignkit.data.chat import audit_labels, preview
+    from alignkit.data.chat import audit_labels, count_learned, preview
     from alignkit.models.loading import load_tokenizer
 
     reasons: list[str] = []
@@ -146,6 +189,7 @@ def _show(config: SFTConfig, artifact: Artifact) -> Artifact:
     print(preview(tokenizer, encoded, count=10, colour=sys.stdout.isatty()))
     for name, passed, detail in audit_labels(tokenizer, encoded):
         print(f"check {name:28s} {'pass' if passed else 'FAIL'}  {detail}")
+    print(", ".join(f"{name} {count}" for name, count in count_learned(encoded).items()))
     for reason in sorted(set(reasons)):
         print(f"would drop {reasons.count(reason)} rows: {reason}")
     artifact.status = "preview"

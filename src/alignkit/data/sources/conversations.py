@@ -1,4 +1,8 @@
-"""Conversations in TRL's two forms: `prompt` and `completion`, or `messages`. The last assistant turn is the answer."""
+"""Conversations in TRL's two forms, each with `tools` or without: `prompt` and `completion`, or `messages`.
+
+A completion is one assistant turn, or several with other turns between them. Of `messages` the last assistant turn is
+the completion.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,13 @@ from collections.abc import Sequence
 from pydantic import BaseModel
 
 from alignkit.core.errors import UserError
-from alignkit.core.records import ChatExample, Dropped, Message
+from alignkit.core.records import ChatExample, Dropped, Message, Tools
 from alignkit.data.sources.raw import RawRow
 
 
 class _Conversation(BaseModel):
     messages: list[Message]
+    tools: Tools | None = None
     parents: list[str] = []
     source: str = ""
 
@@ -31,9 +36,9 @@ def read_prompt_and_completion(raw: RawRow) -> ChatExample | Dropped:
         example = raw.record(ChatExample, id=raw.id, prompt=prompt, completion=completion)
     else:
         example = raw.record(ChatExample, id=raw.id)
-    if [message.role for message in example.completion] != ["assistant"]:
+    if {example.completion[0].role, example.completion[-1].role} != {"assistant"}:
         raise UserError(
-            f"{raw.place}: completion: must be exactly one assistant turn. Put the turns before it into prompt."
+            f"{raw.place}: completion: must begin and end with an assistant turn. Put the turns before it into prompt."
         )
     problem = unusable([*example.prompt, *example.completion])
     return raw.drop(problem) if problem else example
@@ -51,6 +56,7 @@ def read_messages(raw: RawRow) -> ChatExample | Dropped:
         parents=conversation.parents,
         prompt=messages[:-1],
         completion=messages[-1:],
+        tools=conversation.tools,
         source=conversation.source,
     )
 
@@ -59,7 +65,7 @@ def unusable(messages: Sequence[Message]) -> str | None:
     """Why nothing can be learnt from a conversation; None when its last turn is an answer to the turns before it."""
     if not messages or messages[-1].role != "assistant":
         return "no final assistant turn"
-    if not messages[-1].content.strip():
+    if not messages[-1].content.strip() and not messages[-1].tool_calls:
         return "empty answer"
     if not any(message.role == "user" and message.content.strip() for message in messages):
         return "empty question"
