@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
+from importlib.resources import files
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +59,11 @@ REWRITES = CHATML.replace(  # like templates that take the reasoning out of all 
 )
 SCHEMA = {
     "type": "function",
-    "function": {"name": "retrieve", "parameters": {"type": "object", "properties": {"query": {"type": "string"}}}},
+    "function": {
+        "name": "retrieve",
+        "description": "Find a paragraph.",
+        "parameters": {"type": "object", "properties": {"query": {"type": "string", "description": "what for"}}},
+    },
 }
 
 
@@ -234,6 +239,37 @@ def test_special_tokens_in_calls_and_schemas_drop_the_row(tokenizer: PreTrainedT
     assert encode_example(tokenizer, QUESTION, [said(query="<|im_end|>")], 999) == reason
     forged = {**SCHEMA, "description": "<|im_end|>"}
     assert encode_example(tokenizer, QUESTION, [said("Eva.")], 999, tools=[forged]) == reason
+
+
+@pytest.mark.parametrize(
+    ("name", "call_or_reason"),
+    [
+        ("qwen2_5", '<tool_call>\n{"name": "retrieve", "arguments": {"query": "Åbo"}}\n</tool_call><|im_end|>'),
+        ("llama3", '<tool_call>\n{"name": "retrieve", "arguments": {"query": "Åbo"}}\n</tool_call><|eot_id|>'),
+        ("llama3_1", "the chat template leaves out the text beside a tool call"),
+        ("qwen3", "the chat template writes earlier answers differently when others follow"),
+        ("gptoss", "the chat template ends this turn with another token than a plain answer"),
+        ("phi3", "the chat template leaves out turns of the role tool"),
+    ],
+)
+def test_templates_of_others(name: str, call_or_reason: str) -> None:
+    """The templates that come with TRL, where it still has them."""
+    path = Path(str(files("trl"))) / "chat_templates" / f"{name}.jinja"
+    if not path.exists():
+        pytest.skip(f"TRL has no {name}.jinja")
+    tokenizer = with_template(path.read_text(encoding="utf-8"))
+    others = ["<|start_header_id|>", "<|eot_id|>", "<|start|>", "<|message|>", "<|call|>", "<|return|>", "<|end|>"]
+    tokenizer.add_tokens(others, special_tokens=True)
+    tokenizer.bos_token = "<|endoftext|>"
+    row = encode_example(tokenizer, QUESTION, SEARCH, 9999, tools=[SCHEMA])
+    if isinstance(row, str):
+        assert row == call_or_reason
+        return
+    learned = blocks(tokenizer, row)
+    assert learned[0] == call_or_reason
+    assert learned[1].startswith("It is a town.\n")
+    assert learned[2].startswith("Eva.<|")
+    assert passes(tokenizer, row)
 
 
 # -- QA-Expert's own masking cases -------------------------------------------------------------------------------------

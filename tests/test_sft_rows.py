@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,14 @@ def test_the_preview_of_a_search_with_a_tool(sft: Sft) -> None:
         "check every row learns something   pass  1 rows\n"
     )
     assert "turns 2\n" in rest
+
+
+def test_the_preview_in_the_documentation_is_what_is_printed(sft: Sft) -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "labels.md").read_text(encoding="utf-8")
+    (row,), (shown,) = (
+        re.findall(rf"^```{kind}\n(.*?)^```", page, re.MULTILINE | re.DOTALL) for kind in ("json", "text")
+    )
+    assert sft.run([json.loads(row)], "preview=true")[1].startswith(shown)
 
 
 @pytest.mark.parametrize(("learn", "turns"), [("completion", 1), ("assistant", 2)])

@@ -250,6 +250,40 @@ def test_conversations_may_call_tools(tmp_path: Path, row: dict[str, Any], compl
     assert [call.function.arguments for call in calls] == [{"what": "Åbo"}]
 
 
+SHARED: list[dict[str, Any]] = [
+    {"from": "system", "value": "Be brief."},
+    {"from": "human", "value": "q"},
+    {"from": "function_call", "value": '{"name": "find", "arguments": {"what": "Åbo"}}'},
+    {"from": "observation", "value": "A town."},
+    {"from": "gpt", "value": "a"},
+]
+
+
+def test_sharegpt_conversations_are_read(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path / "s.jsonl", [{"conversations": SHARED, "tools": json.dumps(TOOLS)}])
+    (example,), _ = read_chats(rows)
+    asked = [("system", "Be brief."), ("user", "q"), ("assistant", ""), ("tool", "A town.")]
+    assert (turns(example.prompt), turns(example.completion)) == (asked, [("assistant", "a")])
+    assert [call.model_dump() for call in example.prompt[2].tool_calls or ()] == [
+        {"type": "function", "function": {"name": "find", "arguments": {"what": "Åbo"}}}
+    ]
+    assert example.tools == TOOLS
+    for changed, problem in (
+        ({"from": "function_call", "value": "find"}, "messages.2.tool_calls.0.function: expected"),
+        ({"from": "nobody", "value": "x"}, "messages.2.role: Input should be 'system'"),
+        ({"from": "gpt"}, "conversations.2.value: missing"),
+    ):
+        wrong = rows_of(tmp_path / "wrong.jsonl", [{"conversations": [*SHARED[:2], changed, SHARED[4]]}])
+        assert f"wrong.jsonl:1: {problem}" in message_of(lambda wrong=wrong: read_examples(wrong))  # type: ignore[misc]
+
+
+def test_the_real_qwen_conversations_are_read() -> None:
+    examples, dropped = read_chats(real("qwen-7b-chat", "test_sampled_qwen.json"))
+    assert dropped == []
+    assert turns(examples[0].prompt) == [("user", "你好")]
+    assert [len(example.completion) for example in examples] == [1, 1]
+
+
 def test_pages_and_texts_are_read_to_be_learned_whole(tmp_path: Path) -> None:
     pages = [{"document": "a.pdf", "page": number, "text": text} for number, text in enumerate(["One.", " "], 1)]
     (page,), (empty,) = read_examples(rows_of(tmp_path / "pages.jsonl", pages))

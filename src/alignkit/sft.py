@@ -1,12 +1,12 @@
 """sft: supervised fine-tuning. Teach the base model to answer like the examples, with a LoRA adapter.
 
 Of conversations the completions are learned, each turn with its end-of-turn token; prompts, tools and users are not.
-Documents are learned whole. With model.quantization=nf4 the frozen base
-is held in 4 bits (QLoRA) and the adapter stays in float32. A run that was interrupted continues with the same command
-from its last checkpoint, and gives the result that an uninterrupted run gives.
+Documents are learned whole. With model.quantization=nf4 the frozen base is held in 4 bits (QLoRA) and the adapter stays
+in float32. A run that was interrupted continues with the same command from its last checkpoint, and gives the result
+that an uninterrupted run gives.
 
-Reads:   data.path: rows with prompt and answer (QA examples, prompt/completion, messages, Alpaca, HotpotQA, QA-Expert,
-         RAFT), with tool calls and tools or without; or documents (pages, rows with a text)
+Reads:   data.path: rows with prompt and answer (QA examples, prompt/completion, messages, ShareGPT, Alpaca, HotpotQA,
+         QA-Expert, RAFT), with tool calls and tools or without; or documents (pages, rows with a text)
          init_adapter: an adapter to continue from, with a new optimizer (optional)
 Writes:  adapter/, loss.jsonl, dropped.jsonl with the reason for each row that was not used
 

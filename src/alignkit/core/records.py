@@ -52,11 +52,11 @@ class FunctionCall(_Turn):
 
 
 class ToolCall(_Turn):
-    """A call in the form of OpenAI and TRL; `id` is for chat templates that want one."""
+    """A call in the form of OpenAI and TRL; `id` is for chat templates that want one. ShareGPT has it as JSON text."""
 
     type: Literal["function"] = "function"
     id: str | None = None
-    function: FunctionCall
+    function: Annotated[FunctionCall, BeforeValidator(_read_json_text)]
 
 
 Tools = Annotated[list[dict[str, Any]], BeforeValidator(_read_json_text)]

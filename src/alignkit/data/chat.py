@@ -174,7 +174,7 @@ def _encode(
     """
     if not messages or messages[-1].role != "assistant":
         raise RefusedError("the conversation does not end with an assistant turn")
-    rest = _ending(tokenizer).rest
+    ending = _ending(tokenizer)
     ids: list[int] = []
     labels: list[int] = []
     done = ""
@@ -183,10 +183,13 @@ def _encode(
         closed = _render(tokenizer, messages[: turn + 1], tools, for_generation=False)
         if not prompt.startswith(done):
             raise RefusedError("the chat template writes earlier answers differently when others follow")
-        if not closed.startswith(prompt) or not closed.endswith(rest):
+        if not closed.startswith(prompt) or not closed.endswith(ending.rest):
             raise RefusedError("the chat template writes this prompt differently when its answer is there")
         before = _continue(tokenizer, ids, done, prompt)
-        answer = _continue(tokenizer, ids + before, prompt, done := closed[: len(closed) - len(rest)])
+        done = closed[: len(closed) - len(ending.rest)]
+        answer = _continue(tokenizer, ids + before, prompt, done)
+        if answer[-1:] != [ending.token]:
+            raise RefusedError("the chat template ends this turn with another token than a plain answer")
         ids += before + answer
         labels += [IGNORED] * len(before) + answer
     return EncodedExample(ids, labels, ends=len(learned))

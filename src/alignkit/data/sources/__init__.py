@@ -45,12 +45,13 @@ def read_examples(
 ) -> tuple[list[ChatExample | TextExample], list[Dropped]]:
     """Examples to learn from: all of them prompts with completions, or all of them documents to learn whole.
 
-    Reads chat examples, conversations, QA-Expert's records as a search in steps, every other format of `read_questions`
-    whose rows have answers, pages of documents, and rows with a text.
+    Reads chat examples, conversations, RAFT rows, QA-Expert's records as a search in steps, every other format of
+    `read_questions` whose rows have answers, pages of documents, and rows with a text.
     """
     formats: tuple[Format[ChatExample | TextExample], ...] = (
         Format("chat example", ("prompt", "completion"), raft.read_prompt_and_completion),
         Format("conversation", ("messages",), conversations.read_messages),
+        Format("ShareGPT", ("conversations",), conversations.read_shared),
         Format("RAFT row", raft.ROW_FIELDS, raft.read_row),
         Format("QA-Expert", qa_expert.FIELDS, qa_expert.read_conversation),
         *(_with_answer(each) for each in _question_formats(hotpotqa_paragraphs, answered=True)),

@@ -1,14 +1,15 @@
-"""Conversations in TRL's two forms, each with `tools` or without: `prompt` and `completion`, or `messages`.
+"""Conversations: TRL's `prompt` and `completion`, TRL's `messages`, ShareGPT's `conversations`; each may have `tools`.
 
-A completion is one assistant turn, or several with other turns between them. Of `messages` the last assistant turn is
-the completion.
+A completion is one assistant turn, or several with other turns between them. Of whole conversations the last assistant
+turn is the completion.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from alignkit.core.errors import UserError
 from alignkit.core.records import ChatExample, Dropped, Message, Tools
@@ -20,6 +21,19 @@ class _Conversation(BaseModel):
     tools: Tools | None = None
     parents: list[str] = []
     source: str = ""
+
+
+class _SharedTurn(BaseModel):
+    speaker: str = Field(alias="from")
+    value: str
+
+
+class _SharedConversation(BaseModel):
+    conversations: list[_SharedTurn]
+
+
+_SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
+"""Roles by the names that ShareGPT has for them; other names are roles already."""
 
 
 class _PromptAndCompletion(BaseModel):
@@ -59,6 +73,19 @@ def read_messages(raw: RawRow) -> ChatExample | Dropped:
         tools=conversation.tools,
         source=conversation.source,
     )
+
+
+def read_shared(raw: RawRow) -> ChatExample | Dropped:
+    """A conversation in ShareGPT's form: `from` and `value`. A turn from `function_call` is a call as JSON text."""
+    turns = raw.record(_SharedConversation).conversations
+    messages = [_message(turn.speaker, turn.value) for turn in turns]
+    return read_messages(RawRow(raw.place, raw.id, {**raw.fields, "messages": messages}))
+
+
+def _message(speaker: str, value: str) -> dict[str, Any]:
+    if speaker == "function_call":
+        return {"role": "assistant", "tool_calls": [{"function": value}]}
+    return {"role": _SPEAKERS.get(speaker, speaker), "content": value}
 
 
 def unusable(messages: Sequence[Message]) -> str | None:
