@@ -125,7 +125,7 @@ class ModelConfig:
     document_end: Optional[str] = None
     """End-of-document token, which closes documents that are learned whole; none: the tokenizer's eos token."""
     max_length: int = 1024
-    """Longest prompt plus completion, in tokens; longer rows are dropped with a reason, never cut (see sft's overlong)."""
+    """Longest row, in tokens; longer ones are dropped with a reason, never cut (documents: see `overlong` of sft)."""
 
 
 @dataclass

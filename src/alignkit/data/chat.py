@@ -11,15 +11,15 @@ of the next is never learned. A document is learned whole, and its end with it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from alignkit.core.errors import UserError
-from alignkit.core.records import Message, QAExample
-from alignkit.data.tools import Schemas, Shown, find_shown, fit, to_json
+from alignkit.core.records import Message, QAExample, Tools
+from alignkit.data.tools import Shown, find_shown, fit, to_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,10 +32,6 @@ _SWITCHES: dict[str, Any] = {"enable_thinking": False}
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Characters that could steer a terminal."""
-
-
-Tools = Sequence[Mapping[str, Any]]
-"""JSON schemas of the functions that the assistant may call."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +130,14 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def document_end_id(tokenizer: PreTrainedTokenizerBase, token: str | None) -> int:
-    """The token that ends a document: the one that is named, or else the tokenizer's eos token."""
-    id = tokenizer.eos_token_id if token is None else tokenizer.convert_tokens_to_ids(token)
-    if not isinstance(id, int):
-        raise UserError("model.document_end: name the token that ends a document, since the tokenizer has no eos token")
-    return id
+    """The token that ends a document: the special token that is named, or else the tokenizer's eos token."""
+    token = token or tokenizer.eos_token
+    if token not in _special_tokens(tokenizer):
+        raise UserError(
+            f"model.document_end={token}: name the special token that ends a document. An ordinary one could stand "
+            "within a text."
+        )
+    return tokenizer.get_vocab()[token]
 
 
 def special_token_in(
@@ -208,7 +207,7 @@ def _continue(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, lon
 def _render(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools | None, *, for_generation: bool
 ) -> str:
-    fitted = fit(messages, tools or (), _shown(tokenizer, str(tokenizer.chat_template)))
+    fitted = fit(messages, tools or [], _shown(tokenizer, str(tokenizer.chat_template)))
     if isinstance(fitted, str):
         raise RefusedError(fitted)
     plain = [message.model_dump() for message in fitted[0]]
@@ -218,7 +217,7 @@ def _render(
 def _apply(
     tokenizer: PreTrainedTokenizerBase,
     turns: list[dict[str, Any]],
-    schemas: Schemas | None,
+    tools: Tools | None,
     *,
     for_generation: bool,
 ) -> str:
@@ -230,7 +229,7 @@ def _apply(
     try:
         rendered = tokenizer.apply_chat_template(
             turns,
-            tools=[*schemas] if schemas else None,
+            tools=[*tools] if tools else None,
             tokenize=False,
             add_generation_prompt=for_generation,
             **_SWITCHES,
@@ -244,9 +243,9 @@ def _apply(
 def _shown(tokenizer: PreTrainedTokenizerBase, template: str) -> Shown:
     """What the template shows of calls, schemas and roles. `template` is in the cache's key: users replace it."""
 
-    def render(turns: list[dict[str, Any]], schemas: Schemas | None) -> str | None:
+    def render(turns: list[dict[str, Any]], tools: Tools | None) -> str | None:
         try:
-            return _apply(tokenizer, turns, schemas, for_generation=False)
+            return _apply(tokenizer, turns, tools, for_generation=False)
         except RefusedError:
             return None
 

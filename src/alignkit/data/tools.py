@@ -13,14 +13,14 @@ The schemas then stand in the system turn. JSON keeps other scripts as they are,
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alignkit.core.records import Message, ToolCall
+from alignkit.core.records import Message, ToolCall, Tools
 
 Turns = list[dict[str, Any]]
-Schemas = list[dict[str, Any]]
+"""Turns as a chat template takes them."""
 
 
 @dataclass(frozen=True)
@@ -28,24 +28,32 @@ class Shown:
     """What a template shows of what it is given."""
 
     calls: bool
+    several_calls: bool
+    """Whether all of several calls in one turn."""
     text_beside_calls: bool
     schemas: bool
     roles: frozenset[str]
     """Roles whose turns do not vanish. A template that refuses a turn says so itself."""
 
 
-def find_shown(render: Callable[[Turns, Schemas | None], str | None]) -> Shown:
+def find_shown(render: Callable[[Turns, Tools | None], str | None]) -> Shown:
     """Find out what a template shows, by words that stand nowhere else. `render` gives None for a refusal."""
     user, system = {"role": "user", "content": "probed_text"}, {"role": "system", "content": "probed_text"}
-    function = {"name": "probed_function", "arguments": {"probed_key": "probed_value"}}
     identity = "probe0001"  # some templates demand nine characters
-    calls = [{"type": "function", "id": identity, "function": function}]
-    call: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": calls}
+    first, second = (
+        {
+            "type": "function",
+            "id": identity,
+            "function": {"name": "probed_function", "arguments": {"probed_key": value}},
+        }
+        for value in ("probed_value", "another_value")
+    )
+    call: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [first]}
     result = {"role": "tool", "content": "probed_result", "name": "probed_function", "tool_call_id": identity}
     nothing = {"type": "object", "properties": {}}
     schema = {"type": "function", "function": {"name": "probed_function", "description": "", "parameters": nothing}}
 
-    def shows(turns: Turns, *words: str, schemas: Schemas | None = None, refused: bool = False) -> bool:
+    def shows(turns: Turns, *words: str, schemas: Tools | None = None, refused: bool = False) -> bool:
         text = render(turns, schemas)
         return refused if text is None else all(word in text for word in words)
 
@@ -56,21 +64,22 @@ def find_shown(render: Callable[[Turns, Schemas | None], str | None]) -> Shown:
     kept["system"] = shows([system, {**user, "content": "Hello"}], "probed_text", refused=True)
     return Shown(
         calls=knows_calls,
+        several_calls=shows([user, {**call, "tool_calls": [first, second]}], "another_value", refused=True),
         text_beside_calls=shows([user, {**call, "content": "probed_beside"}], *called, "probed_beside"),
         schemas=shows([user], "probed_function", schemas=[schema]),
         roles=frozenset({"user", "assistant", *(role for role, is_kept in kept.items() if is_kept)}),
     )
 
 
-def fit(
-    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], shown: Shown
-) -> tuple[list[Message], Schemas | None] | str:
+def fit(messages: Sequence[Message], tools: Tools, shown: Shown) -> tuple[list[Message], Tools | None] | str:
     """The turns and schemas to give to a template so that nothing vanishes, or the reason why something would."""
     fitted, schemas = list(messages), [dict(tool) for tool in tools] or None
     if not shown.calls:
         fitted = [_with_calls_as_text(message) for message in fitted]
     elif not shown.text_beside_calls and any(each.tool_calls and each.content.strip() for each in fitted):
         return "the chat template leaves out the text beside a tool call"
+    elif not shown.several_calls and any(len(each.tool_calls or ()) > 1 for each in fitted):
+        return "the chat template leaves out all but one of several tool calls"
     if schemas and not shown.schemas:
         fitted, schemas = _with_schemas_as_text(fitted, schemas), None
     if vanishing := {message.role for message in fitted} - shown.roles:
@@ -95,9 +104,9 @@ def _with_calls_as_text(message: Message) -> Message:
     return Message(role=message.role, content="\n".join([*said, *map(call_text, message.tool_calls)]))
 
 
-def _with_schemas_as_text(messages: list[Message], schemas: Schemas) -> list[Message]:
+def _with_schemas_as_text(messages: list[Message], tools: Tools) -> list[Message]:
     """The schemas at the end of the system turn, or in a new one."""
-    functions = "\n".join(to_json(schema) for schema in schemas)
+    functions = "\n".join(to_json(tool) for tool in tools)
     form = '<tool_call>\n{"name": "...", "arguments": {...}}\n</tool_call>'
     text = f"Functions that can be called:\n{functions}\n\nA call is written like this:\n{form}"
     if messages and messages[0].role == "system":

@@ -62,6 +62,7 @@ class _Found(NamedTuple):
 
 
 def _find(model: ModelConfig) -> _Found:
+    """Where the model is. Raises `UserError` when there is none, or none of that context length."""
     from transformers import PreTrainedConfig
 
     source = str(embedded_model_dir()) if model.path == "embedded" else model.path
