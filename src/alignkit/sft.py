@@ -131,14 +131,16 @@ def _encode(
     for dropped in unusable:
         drop(dropped.row, dropped.reason, dropped.detail)
     encoded: list[EncodedExample] = []
+    reasons = {dropped.reason for dropped in unusable}
     for example in examples:
         rows = _rows(config, tokenizer, example)
         if isinstance(rows, str):
             drop(example, rows, "")
+            reasons.add(rows)
         else:
             encoded += rows
     if not encoded:
-        raise UserError(f"{config.data.path}: no row can be used; dropped.jsonl says why")
+        raise UserError(f"{config.data.path}: no row can be used ({'; '.join(sorted(reasons))})")
     return encoded
 
 
