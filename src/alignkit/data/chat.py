@@ -17,7 +17,7 @@ from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from alignkit.core.errors import UserError
+from alignkit.core.errors import UserError, first_line
 from alignkit.core.records import Message, QAExample, Tools
 from alignkit.data.tools import Shown, find_shown, fit, to_json
 
@@ -235,7 +235,7 @@ def _apply(
             **_SWITCHES,
         )
     except Exception as error:  # templates raise what they like: jinja2's errors, TypeError, ...
-        raise RefusedError(f"the chat template refuses the conversation ({_first_line(error)})") from error
+        raise RefusedError(f"the chat template refuses the conversation ({first_line(error)})") from error
     return str(rendered)
 
 
@@ -382,7 +382,3 @@ def _runs(row: EncodedExample) -> Iterator[tuple[bool, list[int]]]:
     pairs: Any = zip(row.labels, row.input_ids, strict=True)
     for is_learned, run in groupby(pairs, key=lambda pair: pair[0] != IGNORED):
         yield is_learned, [id for _, id in run]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
