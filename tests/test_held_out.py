@@ -21,11 +21,11 @@ from small_training import (
     train,
 )
 from test_sft import write_questions
-from tiny_random import save_random_base, tokenizer
+from tiny_random import conversation, save_random_base, tokenizer, user
 
 from alignkit.core.config import Keep, ModelConfig, RowsConfig, TrainConfig
 from alignkit.core.errors import UserError
-from alignkit.data.chat import EncodedExample
+from alignkit.core.records import ChatExample, TextExample
 from alignkit.sft import SFTConfig, run
 from alignkit.training.held_out import Measurement, best_of, measurements, split_by_prompt, without_improvement
 from alignkit.training.supervised import train_supervised
@@ -140,13 +140,18 @@ def test_patience_and_the_best_by_hand() -> None:
 
 
 def test_the_split_is_by_prompt() -> None:
-    rows = [EncodedExample([prompt, 7, answer], [-100, -100, answer]) for prompt in range(20) for answer in (8, 9)]
+    rows = [
+        ChatExample(id=f"{place}{text}", prompt=user(f"question {place}"), completion=conversation("", text)[1:])
+        for place in range(20)
+        for text in "ab"
+    ]
     kept, held_out = split_by_prompt(rows, 0.25, seed=1)
     assert len(held_out) == 2 * 5
-    assert not {row.input_ids[0] for row in kept} & {row.input_ids[0] for row in held_out}
+    assert not {row.prompt[0].content for row in kept} & {row.prompt[0].content for row in held_out}
     assert split_by_prompt(rows, 0.25, seed=1) == (kept, held_out)
     assert split_by_prompt(rows, 0.25, seed=2) != (kept, held_out)
-    assert split_by_prompt(rows, 0.0, seed=1) == (rows, [])
+    documents = [TextExample(id=str(place), text=f"text {place % 10}") for place in range(20)]
+    assert len(split_by_prompt(documents, 0.1, seed=1)[1]) == 2
 
 
 # -- the stage ---------------------------------------------------------------------------------------------------------
@@ -170,6 +175,17 @@ def test_the_stage_holds_out_a_file(model: ModelConfig, tmp_path: Path) -> None:
     first = json.loads((tmp_path / "held_out.jsonl").read_text().splitlines()[0])
     assert first["input"] in rows[0]["prompt"]
     assert rows[0].keys() == {"step", "prompt", "text"}
+
+
+def test_documents_are_held_out_and_gone_on_with(model: ModelConfig, tmp_path: Path) -> None:
+    texts = [f"Anna number {place} lives in Oslo, and leads a house of {place} rooms there." for place in range(12)]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    config = configure(model, tmp_path, data=RowsConfig(path=str(path)), held_out_share=0.25)
+    artifact = run(replace(config, train=replace(config.train, packing=True, batch_size=1)))
+    assert artifact.metrics["held_out"]["rows"] == 3
+    rows = [json.loads(line) for line in (tmp_path / "sft" / "samples.jsonl").read_text().splitlines()]
+    assert all(any(text.startswith(row["prompt"].strip()) for text in texts) for row in rows)
 
 
 def test_the_stage_holds_out_a_share(model: ModelConfig, tmp_path: Path) -> None:

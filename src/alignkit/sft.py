@@ -1,12 +1,14 @@
 """sft: supervised fine-tuning. Teach the base model to answer like the examples, with a LoRA adapter.
 
-Only completions are learned, end-of-turn token included; the prompt is not. With model.quantization=nf4 the frozen base
-is held in 4 bits (QLoRA) and the adapter stays in float32. A run that was interrupted continues with the same command
-from its last checkpoint, and gives the result that an uninterrupted run gives. Held-out rows show during training
-whether it still helps. docs/training.md has the rest: packing, kinds of adapters, trackers.
+Of conversations the completions are learned, each turn with its end-of-turn token; prompts, tools and users are not.
+Documents are learned whole. With model.quantization=nf4 the frozen base is held in 4 bits (QLoRA) and the adapter stays
+in float32. A run that was interrupted continues with the same command from its last checkpoint, and gives the result
+that an uninterrupted run gives. Held-out rows show during training whether it still helps. docs/training.md has the
+rest: packing, kinds of adapters, trackers.
 
-Reads:   data.path: rows with prompt and answer (QA examples, prompt/completion, messages, Alpaca, HotpotQA)
-         held_out.path: rows of the same kind that are not trained on (optional)
+Reads:   data.path: rows with prompt and answer (QA examples, prompt/completion, messages, ShareGPT, Alpaca, HotpotQA,
+         QA-Expert, RAFT), with tool calls and tools or without; or documents (pages, rows with a text)
+         held_out.path: rows of the same kinds that are not trained on (optional)
          init_adapter: an adapter to continue from, with a new optimizer (optional)
 Writes:  adapter/, loss.jsonl, dropped.jsonl with the reason for each row that was not used
          samples.jsonl: with train.sample_prompts, answers to held-out prompts while it trained
@@ -19,6 +21,8 @@ Overrides people use:
   held_out_share=0.05 train.eval_steps=50 train.keep=best    stop looking at the training loss
   train.packing=true                       several rows in one sequence: less padding
   model.quantization=nf4                   4-bit base
+  learn=assistant                          every assistant turn of a conversation, not only the completion
+  overlong=split                           cut long documents into pieces instead of dropping them
   preview=true                             show rows with what is learned, and stop
   resume=true                              continue an interrupted run, and refuse to begin a new one
 
@@ -33,13 +37,14 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
 from alignkit.core.config import Keep, LoraConfig, LoraInit, ModelConfig, RowsConfig, StageConfig, TrainConfig
 from alignkit.core.errors import UserError
-from alignkit.core.records import ChatExample
+from alignkit.core.records import ChatExample, TextExample
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -52,6 +57,20 @@ LOG = logging.getLogger("alignkit")
 NONE = "none"
 
 
+class Learn(Enum):
+    """Which turns of a conversation are learned: the completion's assistant turns, or the prompt's, too."""
+
+    completion = "completion"
+    assistant = "assistant"
+
+
+class Overlong(Enum):
+    """What becomes of a document that is longer than the model's max_length. Conversations are always dropped."""
+
+    drop = "drop"
+    split = "split"
+
+
 @dataclass
 class SFTConfig(StageConfig):
     """What to learn, from which model, and how."""
@@ -60,10 +79,14 @@ class SFTConfig(StageConfig):
     incidental: ClassVar[tuple[str, ...]] = (*StageConfig.incidental, "preview")
 
     data: RowsConfig = field(default_factory=RowsConfig)
+    learn: Learn = Learn.completion
+    """`completion`: its assistant turns; `assistant`: all assistant turns of the conversation (`messages` rows)."""
+    overlong: Overlong = Overlong.drop
+    """Documents longer than model.max_length: `drop` them with a reason, or `split` them into pieces of that length."""
     held_out: RowsConfig = field(default_factory=lambda: RowsConfig(path=NONE))
     """Rows whose loss is measured during training (see train.eval_steps); none: no such file."""
     held_out_share: float = 0.0
-    """Instead: hold out the rows of this share of the prompts of data.path."""
+    """Instead: hold out the rows of this share of the prompts (or documents) of data.path."""
     init_adapter: Optional[str] = None  # noqa: UP045
     """Continue from this adapter with a new optimizer; its rank and dropout then count, not those of `lora`."""
     resume: bool = False
@@ -89,7 +112,7 @@ def run(config: SFTConfig) -> Artifact:
     with artifact:
         if artifact.up_to_date:
             return artifact
-        from alignkit.data.chat import audit_labels, preview
+        from alignkit.data.chat import audit_labels, count_learned, preview
         from alignkit.models.loading import load_tokenizer, save_adapter
         from alignkit.training.supervised import train_supervised
 
@@ -114,7 +137,7 @@ def run(config: SFTConfig) -> Artifact:
         with artifact.output("adapter") as folder:
             save_adapter(policy, folder, config.model, initial)
         artifact.write_rows("loss.jsonl", losses)
-        artifact.metrics.update(rows=len(encoded), tokens=sum(len(row.input_ids) for row in encoded))
+        artifact.metrics.update(count_learned(encoded))
         artifact.summary = f"{len(encoded)} rows, loss {losses[0]['loss']:.3f} -> {losses[-1]['loss']:.3f}"
     return artifact
 
@@ -147,45 +170,69 @@ def _check(config: SFTConfig) -> None:
 def _encode(
     config: SFTConfig,
     tokenizer: PreTrainedTokenizerBase,
-    drop: Callable[[ChatExample | dict[str, object], str, str], None],
+    drop: Callable[[ChatExample | TextExample | dict[str, object], str, str], None],
 ) -> tuple[Sequence[EncodedExample], Sequence[EncodedExample]]:
     """Rows to train on and held-out rows as tokens and labels; those that cannot be used are dropped with a reason."""
+    from alignkit.data.sources import read_examples
     from alignkit.training.held_out import split_by_prompt
 
-    examples = _encode_rows(config, config.data, tokenizer, drop)
+    reasons: set[str] = set()
+
+    def note(row: ChatExample | TextExample | dict[str, object], reason: str, detail: str = "") -> None:
+        reasons.add(reason)
+        drop(row, reason, detail)
+
+    def read(rows: RowsConfig) -> Sequence[ChatExample | TextExample]:
+        examples, unusable = read_examples(rows)
+        for dropped in unusable:
+            note(dropped.row, dropped.reason, dropped.detail)
+        return examples
+
+    def encode(examples: Sequence[ChatExample | TextExample], source: str) -> Sequence[EncodedExample]:
+        encoded: list[EncodedExample] = []
+        for example in examples:
+            rows = _rows(config, tokenizer, example)
+            if isinstance(rows, str):
+                note(example, rows)
+            else:
+                encoded += rows
+        if not encoded:
+            raise UserError(f"{source}: no row can be used ({'; '.join(sorted(reasons))})")
+        return encoded
+
+    examples = read(config.data)
     if config.held_out.path != NONE:
-        return examples, _encode_rows(config, config.held_out, tokenizer, drop)
-    encoded, held_out = split_by_prompt(examples, config.held_out_share, config.seed)
-    if config.held_out_share and not (encoded and held_out):
+        return encode(examples, config.data.path), encode(read(config.held_out), config.held_out.path)
+    if not config.held_out_share:
+        return encode(examples, config.data.path), []
+    trained_on, held_out = split_by_prompt(examples, config.held_out_share, config.seed)
+    if not (trained_on and held_out):
         raise UserError(
-            f"held_out_share={config.held_out_share} leaves {len(encoded)} rows to train on and {len(held_out)} held "
-            "out; change it, or give more data"
+            f"held_out_share={config.held_out_share} leaves {len(trained_on)} rows to train on and {len(held_out)} "
+            "held out; change it, or give more data"
         )
-    return encoded, held_out
+    return encode(trained_on, config.data.path), encode(held_out, f"held_out_share={config.held_out_share}")
 
 
-def _encode_rows(
-    config: SFTConfig,
-    rows: RowsConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    drop: Callable[[ChatExample | dict[str, object], str, str], None],
-) -> list[EncodedExample]:
-    from alignkit.data.chat import encode_example
-    from alignkit.data.sources import read_examples
+def _rows(
+    config: SFTConfig, tokenizer: PreTrainedTokenizerBase, example: ChatExample | TextExample
+) -> list[EncodedExample] | str:
+    """A conversation as one row, a document as one or several; or the reason to drop it."""
+    from alignkit.data.chat import document_end_id, encode_document, encode_example
 
-    examples, unusable = read_examples(rows)
-    for dropped in unusable:
-        drop(dropped.row, dropped.reason, dropped.detail)
-    encoded = []
-    for example in examples:
-        row = encode_example(tokenizer, example.prompt, example.completion, config.model.max_length)
-        if isinstance(row, str):
-            drop(example, row, "")
-        else:
-            encoded.append(row)
-    if not encoded:
-        raise UserError(f"{rows.path}: no row can be used; dropped.jsonl says why")
-    return encoded
+    length = config.model.max_length
+    if isinstance(example, TextExample):
+        end = document_end_id(tokenizer, config.model.document_end)
+        return encode_document(tokenizer, example.text, end, length, split=config.overlong is Overlong.split)
+    row = encode_example(
+        tokenizer,
+        example.prompt,
+        example.completion,
+        length,
+        tools=example.tools,
+        whole=config.learn is Learn.assistant,
+    )
+    return row if isinstance(row, str) else [row]
 
 
 def _starting_policy(config: SFTConfig, artifact: Artifact) -> tuple[PeftModel, Path | None]:
@@ -211,7 +258,7 @@ def _starting_policy(config: SFTConfig, artifact: Artifact) -> tuple[PeftModel, 
 
 def _show(config: SFTConfig, artifact: Artifact) -> Artifact:
     """Print rows with their learned tokens marked; nothing is trained or written."""
-    from alignkit.data.chat import audit_labels, preview
+    from alignkit.data.chat import audit_labels, count_learned, preview
     from alignkit.models.loading import load_tokenizer
 
     reasons: list[str] = []
@@ -220,6 +267,7 @@ def _show(config: SFTConfig, artifact: Artifact) -> Artifact:
     print(preview(tokenizer, encoded, count=10, colour=sys.stdout.isatty()))
     for name, passed, detail in audit_labels(tokenizer, encoded):
         print(f"check {name:28s} {'pass' if passed else 'FAIL'}  {detail}")
+    print(", ".join(f"{name} {count}" for name, count in count_learned(encoded).items()))
     for reason in sorted(set(reasons)):
         print(f"would drop {reasons.count(reason)} rows: {reason}")
     artifact.status = "preview"

@@ -148,8 +148,10 @@ class ModelConfig:
     eos_token: Optional[str] = None
     """End-of-turn token, when it is not the tokenizer's eos token."""
     pad_token: Optional[str] = None
+    document_end: Optional[str] = None
+    """End-of-document token, which closes documents that are learned whole; none: the tokenizer's eos token."""
     max_length: int = 1024
-    """Longest prompt plus completion, in tokens; longer rows are dropped with a reason, never cut."""
+    """Longest row, in tokens; longer ones are dropped with a reason, never cut (documents: see `overlong` of sft)."""
 
 
 @dataclass

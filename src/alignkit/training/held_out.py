@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from alignkit.core.artifact import Artifact
 from alignkit.core.config import Keep, SamplingConfig, TrainConfig
 from alignkit.core.journal import Journal
+from alignkit.core.records import ChatExample, TextExample
 from alignkit.data.chat import IGNORED, EncodedExample, end_of_turn_id
 from alignkit.generation.hf import decode, draw
 from alignkit.training.randomness import random_state_kept
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 LOSS = "held_out_loss"
 BEST_WEIGHTS = "best.safetensors"
 """In a checkpoint: the trainable weights at the lowest held-out loss so far."""
+
+SHOWN_TOKENS = 32
+"""Tokens of a document that it is given to go on from."""
 
 SAMPLED_TOKENS = 128
 """Most tokens of an answer that is sampled while training."""
@@ -43,19 +47,20 @@ class Measurement:
     loss: float
 
 
-def split_by_prompt(
-    rows: Sequence[EncodedExample], share: float, seed: int
-) -> tuple[list[EncodedExample], list[EncodedExample]]:
-    """Rows to train on, and the rows of a share (rounded) of the distinct prompts, drawn by `seed`.
+E = TypeVar("E", ChatExample, TextExample, ChatExample | TextExample)
 
-    All rows with one prompt fall on the same side: the answer to a held-out prompt has not been trained on.
+
+def split_by_prompt(examples: Sequence[E], share: float, seed: int) -> tuple[list[E], list[E]]:
+    """Examples to train on, and those of a share (rounded) of the distinct prompts or documents, drawn by `seed`.
+
+    All examples with one prompt fall on the same side: no answer to a held-out prompt has been trained on.
     """
-    prompts = [tuple(row.input_ids[: row.labels.count(IGNORED)]) for row in rows]
+    prompts = [example.model_dump_json(include={"prompt", "tools", "text"}) for example in examples]
     distinct = list(dict.fromkeys(prompts))
     chosen = set(Random(seed).sample(distinct, round(share * len(distinct))))
-    sides: tuple[list[EncodedExample], list[EncodedExample]] = ([], [])
-    for row, prompt in zip(rows, prompts, strict=True):
-        sides[prompt in chosen].append(row)
+    sides: tuple[list[E], list[E]] = ([], [])
+    for example, prompt in zip(examples, prompts, strict=True):
+        sides[prompt in chosen].append(example)
     return sides
 
 
@@ -165,16 +170,19 @@ class HeldOut(TrainerCallback):
         return total / count
 
     def _answer(self, step: int) -> None:
-        """Let the model answer the first held-out prompts greedily."""
+        """Let the model answer the first held-out prompts, or go on with the first documents, greedily."""
         greedy = SamplingConfig(n=1, temperature=[0.0, 0.0], top_p=[1.0, 1.0], max_new_tokens=SAMPLED_TOKENS)
         with self._journal as journal:
             for place, row in enumerate(self._rows[: self._train.sample_prompts]):
-                prompt = row.input_ids[: row.labels.count(IGNORED)]
+                is_document = row.document_end is not None
+                end = row.document_end if row.document_end is not None else end_of_turn_id(self._tokenizer)
+                learned_from = next(place for place, label in enumerate(row.labels) if label != IGNORED)
+                prompt = row.input_ids[: SHOWN_TOKENS if is_document else learned_from]
                 (tokens,) = decode(
                     self._trainer.model,
                     [prompt],
                     draw(1, greedy, seed=0),
-                    end_id=end_of_turn_id(self._tokenizer),
+                    end_id=end,
                     pad_id=int(self._tokenizer.pad_token_id),
                 )
                 texts = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, tokens)]
