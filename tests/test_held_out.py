@@ -201,6 +201,7 @@ def test_the_stage_holds_out_a_share(model: ModelConfig, tmp_path: Path) -> None
         ({}, {"eval_steps": 0}, r"train.sample_prompts needs held-out rows"),
         ({"held_out_share": 0.2}, {"eval_steps": 0, "patience": 1}, r"need train.eval_steps"),
         ({"held_out_share": 1.0}, {}, r"must be at least 0 and below 1"),
+        ({"held_out_share": 0.2}, {"packing": True, "neftune_alpha": 5.0}, r"train.neftune_alpha adds noise by"),
         ({"held_out_share": 0.01}, {}, r"leaves 12 rows to train on and 0 held out"),
     ],
 )

@@ -43,14 +43,14 @@ def configure(model: ModelConfig, folder: Path, **train: Any) -> SFTConfig:
     )
 
 
-def signalled_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGTERM, times: int = 1) -> None:
-    """Let this process get a signal in the middle of a step."""
+def signalled_at(step: int, monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
+    """Let this process get signals (SIGTERM if none are named) in the middle of a step."""
     original = StepReport.on_step_begin
 
     def on_step_begin(self: StepReport, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         original(self, args, state, control, **keywords)
         if state.global_step == step - 1:
-            for _ in range(times):
+            for number in numbers or (signal.SIGTERM,):
                 os.kill(os.getpid(), number)
 
     monkeypatch.setattr(StepReport, "on_step_begin", on_step_begin)
@@ -83,13 +83,17 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(
     assert [row["step"] for row in rows] == sorted({step, *(row["step"] for row in expected)})
 
 
-def test_a_second_signal_stops_at_once(model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_the_same_signal_again_stops_at_once_and_another_does_not(
+    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: int
+) -> None:
+    """At Ctrl-C a stage of a pipeline gets both: one from the terminal, one from the pipeline."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        signalled_at(3, patch, times=2)
+        signalled_at(3, patch, signal.SIGTERM, second)
         train(tmp_path, policy_for(model), TRAIN)
     found = newest_intact(checkpoint_folder(open_artifact(tmp_path)))
     assert found is not None
-    assert found.name == "checkpoint-2"
+    assert found.name == ("checkpoint-2" if second == signal.SIGTERM else "checkpoint-3")
 
 
 def test_a_signal_in_the_last_step_has_nothing_to_stop(

@@ -74,8 +74,10 @@ def run(config: DPOConfig) -> Artifact:
         from alignkit.models.loading import check_adapter, load_policy, load_tokenizer, save_adapter
         from alignkit.training.arguments import refuse_what_only_sft_has
         from alignkit.training.preference import Objective, train_preference
+        from alignkit.training.tracking import require_tracker
 
         refuse_what_only_sft_has(config.train)
+        require_tracker(config.train.tracker)
         if config.reference not in ("sft_adapter", "base"):
             check_adapter(config.reference, config.model)
         tokenizer = load_tokenizer(config.model)

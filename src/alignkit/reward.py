@@ -85,8 +85,10 @@ def run(config: RewardConfig) -> Artifact:
         from alignkit.training.arguments import refuse_what_only_sft_has
         from alignkit.training.reward import Objective, train_reward_model
         from alignkit.training.reward_data import split_by_prompt
+        from alignkit.training.tracking import require_tracker
 
         refuse_what_only_sft_has(config.train)
+        require_tracker(config.train.tracker)
         if config.adapter is None and config.lora.init is LoraInit.pissa:
             raise UserError("lora.init=pissa: only sft has it, leave it out here")
         groups = read_groups(config, artifact)

@@ -145,7 +145,9 @@ def run(config: SFTConfig) -> Artifact:
 def _check(config: SFTConfig) -> None:
     """Raise `UserError` for settings that contradict each other, before anything big is loaded."""
     from alignkit.models.pissa import check_init
+    from alignkit.training.tracking import require_tracker
 
+    require_tracker(config.train.tracker)
     if config.init_adapter is None:
         check_init(config.lora, config.model)
     if not 0 <= config.held_out_share < 1:
@@ -165,6 +167,11 @@ def _check(config: SFTConfig) -> None:
             raise UserError(f"train.{name} needs held-out rows: give held_out.path=... or held_out_share=0.05")
     if (train.patience or train.keep is Keep.best) and not train.eval_steps:
         raise UserError("train.keep=best and train.patience need train.eval_steps=... to measure more than once")
+    if train.neftune_alpha is not None and (train.packing or train.padding_free):
+        raise UserError(
+            "train.neftune_alpha adds noise by the length of a row, which is not the length of a sequence with "
+            "train.packing or train.padding_free: give one of them"
+        )
 
 
 def _encode(

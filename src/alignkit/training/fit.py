@@ -84,8 +84,6 @@ def fit(
     continued_from = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
     if checkpoint is not None:
         LOG.info("%s: continues from step %d", description, continued_from)
-        if held_out is not None:
-            held_out.continue_from(checkpoint)
     sampler = trainer._get_train_sampler()
     assert isinstance(sampler, LengthGroupedSampler)
     steps = planned_steps(sampler, optimizer_steps(len(sampler), train))

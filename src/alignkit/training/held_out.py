@@ -100,10 +100,11 @@ class HeldOut(TrainerCallback):
         every = math.ceil(train.eval_steps / train.logging_steps) * train.logging_steps
         self._every = every or math.inf
 
-    def continue_from(self, checkpoint: Path) -> None:
-        """Take up the best weights that a checkpoint holds."""
-        if (checkpoint / BEST_WEIGHTS).exists():
-            self._best = load_file(checkpoint / BEST_WEIGHTS)
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take up the best weights of the checkpoint from which the run continues."""
+        kept = Path(args.output_dir) / f"checkpoint-{state.global_step}" / BEST_WEIGHTS
+        if kept.exists():
+            self._best = load_file(kept)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure when it is time; keep the weights when they are the best so far; stop when patience ends."""

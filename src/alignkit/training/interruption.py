@@ -17,15 +17,19 @@ LOG = logging.getLogger("alignkit")
 
 
 class StopAtStepEnd(TrainerCallback):
-    """Turns the first signal into a checkpoint and a stop at the end of the step; a second one stops at once.
+    """Turns the first signal into a checkpoint and a stop at the end of the step; the same signal again stops at once.
+
+    Another signal is part of the first: at Ctrl-C a terminal interrupts a pipeline and its stages, and then the
+    pipeline terminates its stages.
 
     The stop also closes the log line that is under way, since a line's means are not part of a checkpoint: loss.jsonl
     then has one line more than that of a run in one piece. The weights are the same.
     """
 
     def __init__(self) -> None:
+        self._signals: set[int] = set()
         self.requested = False
-        """Whether a signal has come."""
+        """Whether a signal has come, to this process or another of the same training."""
         self.stopped = False
         """Whether the training was stopped by it: one that comes at the last step has nothing to stop."""
 
@@ -43,10 +47,11 @@ class StopAtStepEnd(TrainerCallback):
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if number in self._signals:
             raise KeyboardInterrupt
+        self._signals.add(number)
         self.requested = True
-        LOG.info("interrupted: a checkpoint follows at the end of this step (a second signal stops at once)")
+        LOG.info("interrupted: a checkpoint follows at the end of this step (the same signal again stops at once)")
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for a log line, a checkpoint and the end when a signal has come, to whichever process it came."""

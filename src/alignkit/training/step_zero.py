@@ -36,7 +36,12 @@ class StepZero(TrainerCallback):
         self._artifact = artifact
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Run it, and record the peak memory on a GPU. Raises `UserError` when the batch does not fit."""
+        """Run it, and record the peak memory on a GPU. Raises `UserError` when the batch does not fit.
+
+        Not where DeepSpeed or FSDP hold the weights: they count on every backward pass being a step's.
+        """
+        if self._trainer.is_deepspeed_enabled or self._trainer.is_fsdp_enabled:
+            return
         padding_free = bool(getattr(self._trainer, "padding_free", False))
         steps = planned_steps(self._sampler, state.max_steps)
         rows = largest_batch(steps, self._sampler.lengths, args.train_batch_size, padding_free=padding_free)
