@@ -178,6 +178,9 @@ class TrainConfig:
     """Stop after this many optimizer steps; -1: as many as `epochs` says."""
     batch_size: int = 8
     gradient_accumulation: int = 1
+    max_batch_tokens: int = 2048
+    """Tokens, padding included, that go through the model at once (sft): a larger batch goes in parts, and learns the
+    same."""
     warmup_share: float = 0.05
     scheduler: str = "cosine"
     weight_decay: float = 0.0
