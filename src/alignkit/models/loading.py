@@ -175,7 +175,10 @@ def check_adapter(adapter: str, model: ModelConfig) -> None:
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).exists():
             raise UserError(f"adapter {folder}: there is no {name}. Give the adapter/ folder of a training stage.")
-    trained_on = _read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    config = _read_json(folder / ADAPTER_CONFIG)
+    if str(config.get("init_lora_weights")).startswith("pissa"):
+        raise UserError(f"adapter {folder} holds PiSSA's directions, which are no longer in the base that it names.")
+    trained_on = config.get("base_model_name_or_path")
     if trained_on != model.path:
         raise UserError(
             f"adapter {folder} was trained on the base '{trained_on}', not on '{model.path}'. "
@@ -217,12 +220,14 @@ def save_adapter(policy: PeftModel, folder: Path, model: ModelConfig, initial: P
     The same weights give the same bytes: target modules, a set in memory, are written in order. `initial` is where
     `models.pissa` keeps the adapter that training began with; what is written is then the difference to it.
     """
-    policy.save_pretrained(
-        str(folder),
-        selected_adapters=["default"],
-        save_embedding_layers=False,
-        path_initial_model_for_weight_conversion=None if initial is None else str(initial),
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="PiSSA changes the base weights")  # the conversion mends just that
+        policy.save_pretrained(
+            str(folder),
+            selected_adapters=["default"],
+            save_embedding_layers=False,
+            path_initial_model_for_weight_conversion=None if initial is None else str(initial),
+        )
     (folder / "README.md").unlink(missing_ok=True)  # an unfilled template
     config = _read_json(folder / ADAPTER_CONFIG)
     config["base_model_name_or_path"] = model.path

@@ -73,7 +73,10 @@ def train_supervised(
 
 
 class _Trainer(SFTTrainer):
-    """TRL's trainer with our batches."""
+    """TRL's trainer with our batches, and without its telemetry."""
+
+    def _send_telemetry(self) -> None:
+        pass
 
     max_batch_tokens: float = math.inf
 
