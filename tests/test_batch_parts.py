@@ -12,8 +12,7 @@ from small_training import TRAIN, adapter_weights, encoded, policy_for, train
 from tiny_random import save_random_base
 from trl import SFTTrainer
 
-from alignkit.training.batches import LengthGroupedSampler, parts, planned_steps
-from alignkit.training.step_zero import largest_batch
+from alignkit.training.batches import parts
 
 
 @pytest.mark.parametrize(
@@ -40,7 +39,7 @@ def test_a_batch_in_parts_learns_the_same(tmp_path: Path, accumulation: int, mon
     )
     longest = max(len(row.input_ids) for row in encoded()[:8])
     shapes: list[torch.Size] = []
-    original = SFTTrainer.training_step
+    original: Any = SFTTrainer.training_step
 
     def training_step(self: Any, model: Any, inputs: Any, number: Any = None) -> Any:
         shapes.append(inputs["input_ids"].shape)
@@ -59,11 +58,3 @@ def test_a_batch_in_parts_learns_the_same(tmp_path: Path, accumulation: int, mon
         assert [row[key] for row in found] == pytest.approx([row[key] for row in expected], rel=1e-4)
     for name, weight in adapter_weights(whole).items():
         assert torch.allclose(weight, adapter_weights(cut)[name], atol=1e-4), name
-
-
-def test_step_zero_tries_the_largest_part() -> None:
-    lengths = [5, 6, 7, 8, 30, 31]
-    steps = list(planned_steps(LengthGroupedSampler(lengths, rows_per_step=6, seed=1), 1))
-    assert [lengths[row] for row in largest_batch(iter(steps), lengths, 6, float("inf"))] == [5, 6, 7, 8, 30, 31]
-    assert [lengths[row] for row in largest_batch(iter(steps), lengths, 6, 40)] == [5, 6, 7, 8]  # 4 x 8 > 31
-    assert [lengths[row] for row in largest_batch(iter(steps), lengths, 6, 31)] == [31]  # 3 x 7 < 31

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,13 +91,14 @@ class _Trainer(SFTTrainer):
         The loss is a sum over tokens, divided by the learned tokens of the whole optimizer step, so parts add up. With
         several processes batches stay whole: their numbers of parts would differ, and they wait for each other in each.
         """
+        step: Callable[..., torch.Tensor] = super().training_step  # without annotations in TRL
         if self.padding_free or self.args.world_size > 1:
-            return super().training_step(model, inputs, num_items_in_batch)
+            return step(model, inputs, num_items_in_batch)
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
         loss = torch.zeros((), device=self.args.device)
         for rows in parts(lengths, self.max_batch_tokens):
             part = {name: value[rows, : max(lengths[rows])] for name, value in inputs.items()}
-            loss += super().training_step(model, part, num_items_in_batch)
+            loss += step(model, part, num_items_in_batch)
         return loss
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
