@@ -210,8 +210,9 @@ def train_with_trl(engine: str, policy: Any, tokenizer: Any, rows: list[dict[str
 def train_with_alignkit(engine: str, policy: Any, tokenizer: Any, rows: list[dict[str, Any]], folder: Path) -> float:
     """CPU seconds of our training, with the defaults of `sft` but for the schedule, which is TRL's."""
     from alignkit.core.artifact import Artifact
-    from alignkit.core.config import StageConfig, Tracker, TrainConfig
+    from alignkit.core.config import ModelConfig, RowsConfig, Tracker, TrainConfig
     from alignkit.data.chat import EncodedExample
+    from alignkit.sft import SFTConfig
     from alignkit.training.supervised import train_supervised
 
     packing = engine == "alignkit, packing"
@@ -228,7 +229,12 @@ def train_with_alignkit(engine: str, policy: Any, tokenizer: Any, rows: list[dic
         tracker=Tracker.none,
     )
     encoded = [EncodedExample(row["ids"], row["labels"]) for row in rows]
-    stage = StageConfig(name="sft", output_dir=str(folder / engine.replace(", ", "-")))
+    stage = SFTConfig(
+        name="sft",
+        output_dir=str(folder / engine.replace(", ", "-")),
+        data=RowsConfig(path=str(folder / "rows.json")),
+        model=ModelConfig(name="benchmark", path=policy.get_base_model().name_or_path),
+    )
     with Artifact.open("sft", stage) as artifact:
         began = time.process_time()
         train_supervised(policy, tokenizer, encoded, config, 1, artifact, max_length=MAX_LENGTH)
