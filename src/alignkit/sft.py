@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
-from alignkit.core.config import LoraConfig, ModelConfig, RowsConfig, StageConfig, TrainConfig
+from alignkit.core.config import HardwareConfig, LoraConfig, ModelConfig, RowsConfig, StageConfig, TrainConfig
 from alignkit.core.errors import UserError
 from alignkit.core.records import ChatExample
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from alignkit.data.chat import EncodedExample
+    from alignkit.models.jobs import Job
 
 LOG = logging.getLogger("alignkit")
 
@@ -60,6 +61,7 @@ class SFTConfig(StageConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
 
 def run(config: SFTConfig) -> Artifact:
@@ -76,6 +78,7 @@ def run(config: SFTConfig) -> Artifact:
         if artifact.up_to_date:
             return artifact
         from alignkit.data.chat import audit_labels, preview
+        from alignkit.models.headroom import require_memory
         from alignkit.models.loading import load_tokenizer, save_adapter
         from alignkit.training.supervised import train_supervised
 
@@ -84,6 +87,7 @@ def run(config: SFTConfig) -> Artifact:
         for name, passed, detail in audit_labels(tokenizer, encoded):
             artifact.check(name, passed, detail)
         print(preview(tokenizer, encoded, count=3, colour=sys.stdout.isatty()))
+        require_memory(_job(config, encoded), config.hardware, artifact)
 
         policy = _starting_policy(config)
         losses = train_supervised(policy, tokenizer, encoded, config.train, config.seed, artifact)
@@ -118,6 +122,14 @@ def _encode(
     if not encoded:
         raise UserError(f"{config.data.path}: no row can be used; dropped.jsonl says why")
     return encoded
+
+
+def _job(config: SFTConfig, encoded: Sequence[EncodedExample]) -> Job:
+    """What training takes: batches of the longest rows, or of packed sequences."""
+    from alignkit.models.jobs import Job
+
+    longest = config.model.max_length if config.train.packing else max(len(row.input_ids) for row in encoded)
+    return Job("sft", config.model, longest, lora=config.lora, train=config.train, adapter=config.init_adapter)
 
 
 def _starting_policy(config: SFTConfig) -> PeftModel:
