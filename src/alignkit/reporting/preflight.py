@@ -19,7 +19,7 @@ PARTS = {
     "gradients": "upper",
     "activations": "rung-3",
     "one layer": "reward",
-    "logits": "rung-4",
+    "logits": "control",
     "keys and values": "rung-4",
 }
 """Part of the memory -> its colour; any other part is grey."""
@@ -51,6 +51,7 @@ def stacked(name: str, stages: Sequence[Mapping[str, Any]], limit: int) -> str:
         figure, axes = new_figure(2 * WIDE, 66 * len(stages) + 120)
         axes.grid(visible=False, axis="y")
         axes.grid(visible=True, axis="x")
+        most = max(limit, *(stage["needed_bytes"] for stage in stages)) / GIB
         used: list[str] = []
         for place, stage in enumerate(stages):
             left = 0.0
@@ -63,11 +64,10 @@ def stacked(name: str, stages: Sequence[Mapping[str, Any]], limit: int) -> str:
             rest = stage["needed_bytes"] / GIB - left
             allowance = {"facecolor": "none", "edgecolor": COLOURS["muted"], "linewidth": 1.0}
             axes.barh(-place, rest, left=left, height=0.56, label="" if place else "allowances", **allowance)
-            text = f"  {stage['needed_bytes'] / GIB:.1f} GiB"
-            axes.text(left + rest, -place, text if stage["fits"] else f"{text}, too much", va="center")
+            text = f"{stage['needed_bytes'] / GIB:.1f} GiB"
+            axes.text(left + rest + 0.01 * most, -place, text if stage["fits"] else f"{text}, too much", va="center")
         axes.axvline(limit / GIB, color=COLOURS["ink"], linewidth=1.6)
         axes.set_yticks([-place for place in range(len(stages))], [stage["stage"] for stage in stages])
-        most = max(limit, *(stage["needed_bytes"] for stage in stages)) / GIB
         axes.set_xlim(0, 1.2 * most)
         axes.set_xlabel("GiB")
         figure.legend(labelcolor=COLOURS["muted"], ncols=5, loc="outside lower center", handlelength=1.2)
