@@ -178,18 +178,13 @@ FOUR_BITS, BFLOAT16 = QWEN.model, replace(QWEN.model, quantization=Quantization.
 CASES: dict[str, tuple[Job, Surroundings, Job]] = {
     "4-bit weights under FSDP": (QWEN, Surroundings(fsdp=True), replace(QWEN, model=BFLOAT16)),
     "DeepSpeed ZeRO-3": (QWEN, Surroundings(zero_stage=3), replace(QWEN, stage=SAMPLING)),
-    "lora.init=pissa over a 4-bit base": (
+    "lora.init=pissa over a 4-bit base or with DoRA": (
         replace(QWEN, lora=LoraConfig(init=LoraInit.pissa)),
         ALONE,
         replace(QWEN, lora=LoraConfig(init=LoraInit.pissa), model=BFLOAT16),
     ),
     "train.packing or train.padding_free outside sft": (
         replace(QWEN, stage=DPO, train=TrainConfig(padding_free=True)),
-        ALONE,
-        replace(QWEN, train=TrainConfig(packing=True)),
-    ),
-    "train.packing with an attention that cannot keep rows apart": (
-        replace(QWEN, train=TrainConfig(packing=True), model=replace(FOUR_BITS, attn="flex_attention")),
         ALONE,
         replace(QWEN, train=TrainConfig(packing=True)),
     ),

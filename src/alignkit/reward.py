@@ -31,7 +31,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
-from alignkit.core.config import HardwareConfig, LoraConfig, ModelConfig, RowsConfig, StageConfig, TrainConfig
+from alignkit.core.config import (
+    HardwareConfig,
+    LoraConfig,
+    LoraInit,
+    ModelConfig,
+    RowsConfig,
+    StageConfig,
+    TrainConfig,
+)
 from alignkit.core.errors import UserError
 from alignkit.core.records import Dropped
 
@@ -85,9 +93,13 @@ def run(config: RewardConfig) -> Artifact:
             return artifact
         from alignkit.models.headroom import require_memory
         from alignkit.models.loading import load_tokenizer
+        from alignkit.training.arguments import refuse_what_only_sft_has
         from alignkit.training.reward import Objective, train_reward_model
         from alignkit.training.reward_data import split_by_prompt
 
+        refuse_what_only_sft_has(config.train)
+        if config.adapter is None and config.lora.init is LoraInit.pissa:
+            raise UserError("lora.init=pissa: only sft has it, leave it out here")
         groups = read_groups(config, artifact)
         train_groups, held_out_groups = split_by_prompt(groups, config.held_out_share, config.seed)
         if not train_groups:

@@ -2,16 +2,22 @@
 
 Only completions are learned, end-of-turn token included; the prompt is not. With model.quantization=nf4 the frozen base
 is held in 4 bits (QLoRA) and the adapter stays in float32. A run that was interrupted continues with the same command
-from its last checkpoint, and gives the result that an uninterrupted run gives.
+from its last checkpoint, and gives the result that an uninterrupted run gives. Held-out rows show during training
+whether it still helps. docs/training.md has the rest: packing, kinds of adapters, trackers.
 
 Reads:   data.path: rows with prompt and answer (QA examples, prompt/completion, messages, Alpaca, HotpotQA)
+         held_out.path: rows of the same kind that are not trained on (optional)
          init_adapter: an adapter to continue from, with a new optimizer (optional)
 Writes:  adapter/, loss.jsonl, dropped.jsonl with the reason for each row that was not used
+         samples.jsonl: with train.sample_prompts, answers to held-out prompts while it trained
+         tensorboard/: the figures as they come, for tensorboard --logdir
 
 Overrides people use:
   data.path=mine.jsonl                     other rows
   train.learning_rate=1e-4 train.epochs=2  how long and how fast
   init_adapter=runs/demo/sft/adapter       staged continuation: start from this adapter
+  held_out_share=0.05 train.eval_steps=50 train.keep=best    stop looking at the training loss
+  train.packing=true                       several rows in one sequence: less padding
   model.quantization=nf4                   4-bit base
   preview=true                             show rows with what is learned, and stop
   resume=true                              continue an interrupted run, and refuse to begin a new one
@@ -27,10 +33,20 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
-from alignkit.core.config import HardwareConfig, LoraConfig, ModelConfig, RowsConfig, StageConfig, TrainConfig
+from alignkit.core.config import (
+    HardwareConfig,
+    Keep,
+    LoraConfig,
+    LoraInit,
+    ModelConfig,
+    RowsConfig,
+    StageConfig,
+    TrainConfig,
+)
 from alignkit.core.errors import UserError
 from alignkit.core.records import ChatExample
 
@@ -43,15 +59,21 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("alignkit")
 
+NONE = "none"
+
 
 @dataclass
 class SFTConfig(StageConfig):
     """What to learn, from which model, and how."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("data.path", "init_adapter", "model.path")
+    inputs: ClassVar[tuple[str, ...]] = ("data.path", "held_out.path", "init_adapter", "model.path")
     incidental: ClassVar[tuple[str, ...]] = (*StageConfig.incidental, "preview")
 
     data: RowsConfig = field(default_factory=RowsConfig)
+    held_out: RowsConfig = field(default_factory=lambda: RowsConfig(path=NONE))
+    """Rows whose loss is measured during training (see train.eval_steps); none: no such file."""
+    held_out_share: float = 0.0
+    """Instead: hold out the rows of this share of the prompts of data.path."""
     init_adapter: Optional[str] = None  # noqa: UP045
     """Continue from this adapter with a new optimizer; its rank and dropout then count, not those of `lora`."""
     resume: bool = False
@@ -66,6 +88,7 @@ class SFTConfig(StageConfig):
 
 def run(config: SFTConfig) -> Artifact:
     """Read, encode and audit the examples; train an adapter on them; save it."""
+    _check(config)
     artifact = Artifact.open("sft", config)
     if config.preview:
         return _show(config, artifact)
@@ -83,33 +106,87 @@ def run(config: SFTConfig) -> Artifact:
         from alignkit.training.supervised import train_supervised
 
         tokenizer = load_tokenizer(config.model)
-        encoded = _encode(config, tokenizer, artifact.drop)
+        encoded, held_out = _encode(config, tokenizer, artifact.drop)
         for name, passed, detail in audit_labels(tokenizer, encoded):
             artifact.check(name, passed, detail)
         print(preview(tokenizer, encoded, count=3, colour=sys.stdout.isatty()))
         require_memory(_job(config, encoded), config.hardware, artifact)
 
-        policy = _starting_policy(config)
-        losses = train_supervised(policy, tokenizer, encoded, config.train, config.seed, artifact)
+        policy, initial = _starting_policy(config, artifact)
+        losses = train_supervised(
+            policy,
+            tokenizer,
+            encoded,
+            config.train,
+            config.seed,
+            artifact,
+            held_out=held_out,
+            max_length=config.model.max_length,
+        )
 
         with artifact.output("adapter") as folder:
-            save_adapter(policy, folder, config.model)
+            save_adapter(policy, folder, config.model, initial)
         artifact.write_rows("loss.jsonl", losses)
         artifact.metrics.update(rows=len(encoded), tokens=sum(len(row.input_ids) for row in encoded))
         artifact.summary = f"{len(encoded)} rows, loss {losses[0]['loss']:.3f} -> {losses[-1]['loss']:.3f}"
     return artifact
 
 
+def _check(config: SFTConfig) -> None:
+    """Raise `UserError` for settings that contradict each other, before anything big is loaded."""
+    from alignkit.models.pissa import check_init
+
+    if config.init_adapter is None:
+        check_init(config.lora, config.model)
+    if not 0 <= config.held_out_share < 1:
+        raise UserError(f"held_out_share={config.held_out_share}: must be at least 0 and below 1")
+    has_held_out = config.held_out.path != NONE
+    if has_held_out and config.held_out_share:
+        raise UserError("held_out.path names held-out rows and held_out_share takes them from data.path: give one")
+    train = config.train
+    wants = {
+        "eval_steps": train.eval_steps,
+        "keep": train.keep is Keep.best,
+        "patience": train.patience,
+        "sample_prompts": train.sample_prompts,
+    }
+    for name, wanted in wants.items():
+        if wanted and not (has_held_out or config.held_out_share):
+            raise UserError(f"train.{name} needs held-out rows: give held_out.path=... or held_out_share=0.05")
+    if (train.patience or train.keep is Keep.best) and not train.eval_steps:
+        raise UserError("train.keep=best and train.patience need train.eval_steps=... to measure more than once")
+
+
 def _encode(
     config: SFTConfig,
     tokenizer: PreTrainedTokenizerBase,
     drop: Callable[[ChatExample | dict[str, object], str, str], None],
-) -> Sequence[EncodedExample]:
-    """Examples as tokens and labels; those that cannot be used are dropped with a reason."""
+) -> tuple[Sequence[EncodedExample], Sequence[EncodedExample]]:
+    """Rows to train on and held-out rows as tokens and labels; those that cannot be used are dropped with a reason."""
+    from alignkit.training.held_out import split_by_prompt
+
+    examples = _encode_rows(config, config.data, tokenizer, drop)
+    if config.held_out.path != NONE:
+        return examples, _encode_rows(config, config.held_out, tokenizer, drop)
+    encoded, held_out = split_by_prompt(examples, config.held_out_share, config.seed)
+    if config.held_out_share and not (encoded and held_out):
+        raise UserError(
+            f"held_out_share={config.held_out_share} leaves {len(encoded)} rows to train on and {len(held_out)} held "
+            "out; change it, or give more data"
+        )
+    return encoded, held_out
+
+
+def _encode_rows(
+    config: SFTConfig,
+    rows: RowsConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    drop: Callable[[ChatExample | dict[str, object], str, str], None],
+) -> list[EncodedExample]:
     from alignkit.data.chat import encode_example
     from alignkit.data.sources import read_examples
 
-    examples, unusable = read_examples(config.data)
+    examples, unusable = read_examples(rows)
     for dropped in unusable:
         drop(dropped.row, dropped.reason, dropped.detail)
     encoded = []
@@ -120,7 +197,7 @@ def _encode(
         else:
             encoded.append(row)
     if not encoded:
-        raise UserError(f"{config.data.path}: no row can be used; dropped.jsonl says why")
+        raise UserError(f"{rows.path}: no row can be used; dropped.jsonl says why")
     return encoded
 
 
@@ -132,19 +209,25 @@ def _job(config: SFTConfig, encoded: Sequence[EncodedExample]) -> Job:
     return Job("sft", config.model, longest, lora=config.lora, train=config.train, adapter=config.init_adapter)
 
 
-def _starting_policy(config: SFTConfig) -> PeftModel:
-    """The base with a new adapter, or with the one to continue."""
+def _starting_policy(config: SFTConfig, artifact: Artifact) -> tuple[PeftModel, Path | None]:
+    """The base with a new adapter, or with the one to continue; and where a PiSSA adapter's beginning is kept."""
     import torch
 
     from alignkit.models.loading import load_base, load_policy, new_adapter
+    from alignkit.models.pissa import FOLDER, keep_initial
 
-    if config.init_adapter is None:
-        base = load_base(config.model)
-        torch.manual_seed(config.seed)
-        return new_adapter(base, config.lora, config.model.lora_targets)
-    policy = load_policy(config.model, config.init_adapter, trainable=True)
-    LOG.info("continues %s, with its rank, alpha and dropout rather than those of lora.*", config.init_adapter)
-    return policy
+    if config.init_adapter is not None:
+        policy = load_policy(config.model, config.init_adapter, trainable=True)
+        LOG.info("continues %s, with its rank, alpha and dropout rather than those of lora.*", config.init_adapter)
+        return policy, None
+    base = load_base(config.model)
+    torch.manual_seed(config.seed)
+    policy = new_adapter(base, config.lora, config.model.lora_targets)
+    if config.lora.init is not LoraInit.pissa:
+        return policy, None
+    initial = artifact.work_folder / FOLDER
+    keep_initial(policy, initial)
+    return policy, initial
 
 
 def _show(config: SFTConfig, artifact: Artifact) -> Artifact:
@@ -154,7 +237,7 @@ def _show(config: SFTConfig, artifact: Artifact) -> Artifact:
 
     reasons: list[str] = []
     tokenizer = load_tokenizer(config.model)
-    encoded = _encode(config, tokenizer, lambda row, reason, detail: reasons.append(reason))
+    encoded, _ = _encode(config, tokenizer, lambda row, reason, detail: reasons.append(reason))
     print(preview(tokenizer, encoded, count=10, colour=sys.stdout.isatty()))
     for name, passed, detail in audit_labels(tokenizer, encoded):
         print(f"check {name:28s} {'pass' if passed else 'FAIL'}  {detail}")

@@ -41,6 +41,13 @@ class Tracker(Enum):
     mlflow = "mlflow"
 
 
+class Keep(Enum):
+    """Which weights a training ends with: those of its last step, or those with the lowest held-out loss."""
+
+    last = "last"
+    best = "best"
+
+
 class TeacherMode(Enum):
     """Who answers: the embedded rule-based teacher of the closed world, or an OpenAI-compatible server.
 
@@ -95,6 +102,8 @@ class StageConfig:
         "teacher.prices",
         "teacher.max_cost",
         "teacher.retry_failed",
+        "train.tracker",
+        "train.divergence",
         "dry_run",
     )
     """Keys (dotted) that say where and how fast, but not what: finished work stays up to date when they change."""
@@ -181,6 +190,16 @@ class TrainConfig:
     """Write a checkpoint to resume from every so many optimizer steps."""
     neftune_alpha: Optional[float] = None
     """Add noise of this size to the input embeddings while training, 5 to 15 (arXiv 2310.05914); none: no noise."""
+    divergence: Optional[float] = None
+    """Stop when the loss is more than this many times the first one logged; none: only when it is no number."""
+    eval_steps: int = 0
+    """Measure the held-out loss every so many steps, rounded up to a log line; 0: only after the last step."""
+    keep: Keep = Keep.last
+    """Which weights the training ends with."""
+    patience: int = 0
+    """Stop after so many measurements in a row without a lower held-out loss; 0: never."""
+    sample_prompts: int = 0
+    """At each measurement let the model answer so many of the held-out prompts, greedily, into samples.jsonl."""
     packing: bool = False
     """Put several rows into one sequence of at most model.max_length tokens; a batch then counts such sequences."""
     padding_free: bool = False

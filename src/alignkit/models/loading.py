@@ -186,7 +186,9 @@ def check_adapter(adapter: str, model: ModelConfig) -> None:
 def new_adapter(base: PreTrainedModel, lora: LoraConfig, targets: list[str]) -> PeftModel:
     """A new low-rank adapter on a base, trainable, float32: A random (seed torch before), B zero.
 
-    `targets` are the names of linear layers, or `["all-linear"]`: all but the output layer.
+    With `lora.init=pissa` A and B are instead the largest singular directions of each weight, which are taken out of
+    the base (Meng et al., 2024, arXiv 2404.02948): see `models.pissa` for how such an adapter is saved. `targets` are
+    the names of linear layers, or `["all-linear"]`: all but the output layer.
     """
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
@@ -209,12 +211,18 @@ def new_adapter(base: PreTrainedModel, lora: LoraConfig, targets: list[str]) -> 
     return policy
 
 
-def save_adapter(policy: PeftModel, folder: Path, model: ModelConfig) -> None:
+def save_adapter(policy: PeftModel, folder: Path, model: ModelConfig, initial: Path | None = None) -> None:
     """Write the "default" adapter: adapter_config.json, adapter_model.safetensors and the record of its base.
 
-    The same weights give the same bytes: target modules, a set in memory, are written in order.
+    The same weights give the same bytes: target modules, a set in memory, are written in order. `initial` is where
+    `models.pissa` keeps the adapter that training began with; what is written is then the difference to it.
     """
-    policy.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+    policy.save_pretrained(
+        str(folder),
+        selected_adapters=["default"],
+        save_embedding_layers=False,
+        path_initial_model_for_weight_conversion=None if initial is None else str(initial),
+    )
     (folder / "README.md").unlink(missing_ok=True)  # an unfilled template
     config = _read_json(folder / ADAPTER_CONFIG)
     config["base_model_name_or_path"] = model.path

@@ -11,16 +11,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from alignkit.core.config import LoraInit, Quantization
+from alignkit.core.config import Quantization
 from alignkit.core.errors import UserError
 from alignkit.models.jobs import DPO, REWARD, SAMPLING, SFT, Job
 from alignkit.models.machine import visible_gpus
+from alignkit.models.pissa import check_init
 from alignkit.models.shapes import shape_of
 
 LOG = logging.getLogger("alignkit")
-
-SEPARATING_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
-"""Attention that keeps the rows of a packed sequence apart by their positions."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,16 @@ def _training(job: Job) -> bool:
     return job.stage != SAMPLING
 
 
+def _pissa_fails(job: Job, here: Surroundings) -> bool:
+    if job.stage != SFT or job.adapter:
+        return False
+    try:
+        check_init(job.lora, job.model)
+    except UserError:
+        return True
+    return False
+
+
 def _too_long(job: Job, here: Surroundings) -> bool:
     try:
         context = shape_of(job.model).context
@@ -78,28 +86,19 @@ RULES = (
         "it cannot load a base that is placed on its GPU whole, as alignkit does. Use ZeRO-2: only adapters are "
         "trained, and their gradients and optimizer states are what it shards",
     ),
-    # peft.tuners.lora.layer.LoraLayer.pissa_init raises TypeError for weights that are not floating point.
+    # PEFT splits floating-point weights only (LoraLayer.pissa_init); models.pissa says what else it cannot do.
     Rule(
-        "lora.init=pissa over a 4-bit base",
-        lambda job, here: _training(job) and _four_bits(job) and job.lora.init is LoraInit.pissa and not job.adapter,
-        "PiSSA takes its start out of the base's weights, which 4 bits do not hold. Set lora.init=default or "
-        "model.quantization=none",
+        "lora.init=pissa over a 4-bit base or with DoRA",
+        _pissa_fails,
+        "PiSSA takes its start out of the base's weights, and is saved as a plain adapter. Set lora.init=default, or "
+        "model.quantization=none lora.dora=false",
     ),
-    # TRL 1.16: only SFTTrainer packs; DPOTrainer ignores padding_free with a warning, and our reward trainer has none.
+    # TRL 1.16: only SFTTrainer packs, DPOTrainer ignores padding_free with a warning; the reward stage has neither.
+    # Whether attention keeps packed rows apart is measured when training begins (training.packing), not guessed here.
     Rule(
         "train.packing or train.padding_free outside sft",
         lambda job, here: job.stage in (REWARD, DPO) and (job.train.packing or job.train.padding_free),
         "only sft can lay rows end to end. Set train.packing=false train.padding_free=false",
-    ),
-    # Measured equal to unpacked training with sdpa and eager; flash attention separates rows by their positions.
-    Rule(
-        "train.packing with an attention that cannot keep rows apart",
-        lambda job, here: (
-            job.stage == SFT
-            and (job.train.packing or job.train.padding_free)
-            and job.model.attn not in SEPARATING_ATTENTION
-        ),
-        f"rows would read each other. Set model.attn to one of {', '.join(SEPARATING_ATTENTION)}",
     ),
     # models.value_head.ValueHeadModel: answers to one prompt stand in one sequence and must not see each other.
     Rule(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from alignkit.core.config import TrainConfig
+from alignkit.core.config import Keep, TrainConfig
 from alignkit.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,6 +24,22 @@ def optimizer_steps(rows: int, train: TrainConfig) -> int:
         return train.max_steps
     batches = math.ceil(rows / (train.batch_size * int(os.environ.get("WORLD_SIZE", "1"))))
     return math.ceil(train.epochs * math.ceil(batches / train.gradient_accumulation))
+
+
+def refuse_what_only_sft_has(train: TrainConfig) -> None:
+    """Raise `UserError` for settings that stages with other objectives would otherwise ignore."""
+    given = {
+        "packing": train.packing,
+        "padding_free": train.padding_free,
+        "neftune_alpha": train.neftune_alpha is not None,
+        "eval_steps": train.eval_steps > 0,
+        "keep": train.keep is not Keep.last,
+        "patience": train.patience > 0,
+        "sample_prompts": train.sample_prompts > 0,
+    }
+    for name, is_given in given.items():
+        if is_given:
+            raise UserError(f"train.{name}: only sft has it, leave it out here")
 
 
 def trainer_arguments(
@@ -60,8 +76,9 @@ def trainer_arguments(
             save_steps=math.ceil(train.save_steps / train.logging_steps) * train.logging_steps,
             save_total_limit=2,
             eval_strategy="no",
-            neftune_noise_alpha=train.neftune_alpha,
-            report_to="none",
+            report_to="none",  # trackers are callbacks of ours
+            project="alignkit",
+            run_name=str(folder.parents[1]),
             disable_tqdm=True,
             use_cpu=not on_gpu,
             bf16=on_gpu and dtype == torch.bfloat16,

@@ -45,3 +45,14 @@ class LengthGroupedSampler(Sampler[int]):
             yield from full[index]
         for step in smaller:
             yield from step
+
+
+def planned_steps(sampler: LengthGroupedSampler, steps: int) -> Iterator[list[int]]:
+    """The row numbers of each of a run's first `steps` optimizer steps, in order."""
+    plan = LengthGroupedSampler(sampler.lengths, sampler.rows_per_step, sampler.seed)
+    while steps > 0:
+        order = list(plan)
+        for first in range(0, len(order), plan.rows_per_step)[:steps]:
+            yield order[first : first + plan.rows_per_step]
+            steps -= 1
+        plan.set_epoch(plan.epoch + 1)

@@ -16,6 +16,8 @@ from alignkit.training.arguments import trainer_arguments
 from alignkit.training.batches import LengthGroupedSampler
 from alignkit.training.checkpoints import checkpoint_folder
 from alignkit.training.fit import fit, trainable_in_float32
+from alignkit.training.held_out import HeldOut
+from alignkit.training.packing import check_rows_apart, pack, rows_dataset
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,27 +31,42 @@ def train_supervised(
     train: TrainConfig,
     seed: int,
     artifact: Artifact,
+    *,
+    held_out: Sequence[EncodedExample] = (),
+    max_length: int = 0,
 ) -> list[dict[str, float]]:
     """Train the policy's adapter in place on encoded examples; returns the rows of loss.jsonl.
 
-    The loss of an optimizer step is the mean over all its learned tokens, however they are spread over micro-batches.
+    The loss of an optimizer step is the mean over all its learned tokens, however they are spread over micro-batches
+    and packed sequences of `max_length` tokens. With `held_out` rows their loss is measured beside it; answers to their
+    prompts, if any are asked for, become samples.jsonl.
     """
-    rows = Dataset.from_dict(
-        {"input_ids": [row.input_ids for row in encoded], "labels": [row.labels for row in encoded]}
-    )
+    apart = train.packing or train.padding_free
+    if apart:
+        check_rows_apart(policy, encoded, artifact)
+    rows = pack(encoded, max_length, artifact) if train.packing else rows_dataset(encoded)
     arguments = trainer_arguments(
         SFTConfig,
         train,
         checkpoint_folder(artifact),
-        rows=len(encoded),
+        rows=len(rows),
         seed=seed,
         dtype=policy.dtype,
         max_length=None,
+        padding_free=apart,
+        neftune_noise_alpha=train.neftune_alpha,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     with trainable_in_float32(policy, artifact):
         trainer = _Trainer(model=policy, args=arguments, train_dataset=rows, processing_class=tokenizer)
-    return fit(trainer, artifact, "sft")
+    if not held_out:
+        return fit(trainer, artifact, train, "sft")
+    watch = HeldOut(trainer, tokenizer, held_out, train, artifact)
+    losses = fit(trainer, artifact, train, "sft", held_out=watch)
+    samples = watch.finish()
+    if samples:
+        artifact.write_rows("samples.jsonl", samples)
+    return losses
 
 
 class _Trainer(SFTTrainer):
