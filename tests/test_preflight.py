@@ -115,3 +115,30 @@ def test_parts_are_grouped_without_a_rest() -> None:
     assert grouped(parts) == {"weights": 3, "trained": 28, "passing": 32}
     run_command("preflight", ["+model=tiny", "stages=sft"])
     assert "this machine, without a GPU" in as_text(report())
+
+
+def test_the_report_shows_predicted_beside_measured_memory(tmp_path: Path) -> None:
+    """Only where both are there: without a GPU nothing comparable is measured."""
+    from test_report import make_run
+
+    from alignkit.reporting.page import render_page
+    from alignkit.reporting.runs import read_run
+
+    folder = make_run(tmp_path / "runs/mine", stages=8)
+    title = "GPU memory predicted"
+    for step, measured in (("sft", 8 * GIB), ("reward", 0)):
+        path = folder / step / "manifest.json"
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest["metrics"]["predicted_memory_bytes"] = 9 * GIB
+        path.write_text(json.dumps(manifest), encoding="utf-8")
+        assert title not in render_page([read_run(folder)], None)
+        path.write_text(json.dumps(manifest | {"peak_gpu_memory_bytes": measured}), encoding="utf-8")
+        if measured:
+            page = render_page([read_run(folder)], None)
+            path.write_text(json.dumps(manifest), encoding="utf-8")
+    assert title in page
+    table = page[page.index(title) :].partition("</table>")[0]
+    assert "9.00\u00a0GiB" in table
+    assert "8.00\u00a0GiB" in table
+    assert "1.12" in table
+    assert ">reward<" not in table
