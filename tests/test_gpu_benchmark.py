@@ -1,4 +1,4 @@
-"""The measurement for a GPU machine, on a toy shape without one: every stage trains, and the file says what is known."""
+"""The measurement for a GPU machine, on a toy shape without one: every stage trains, the file says what is known."""
 
 from __future__ import annotations
 

@@ -289,6 +289,21 @@ def test_speed_is_a_range_below_the_peak() -> None:
     assert two.high == 2 * found.high
 
 
+@pytest.mark.parametrize(
+    ("path", "rank", "length", "tokens_per_second", "peak", "share"),
+    [
+        ("Qwen/Qwen-7B-Chat", 64, 2048, 2341, 312e12, 0.34),  # README of Qwen-7B: Q-LoRA on an A100
+        ("Qwen/Qwen-7B-Chat", 64, 8192, 2939, 312e12, 0.49),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", 8, 2048, 2413, 165e12, 0.68),  # README of torchtune: compiled, RTX 4090
+    ],
+)
+def test_published_runs_reach_the_share_that_the_docs_say(
+    path: str, rank: int, length: int, tokens_per_second: float, peak: float, share: float
+) -> None:
+    job = replace(QWEN, model=replace(QWEN.model, path=path), lora=LoraConfig(rank=rank), train=LIGHT)
+    assert tokens_per_second * training_flops(job, length) / peak == pytest.approx(share, abs=0.025)
+
+
 def test_sampling_is_bound_by_bandwidth() -> None:
     job = replace(QWEN, stage=SAMPLING, sampling=SamplingConfig(n=1, batch_size=1))
     one = sampling_speed(job, CARD, 512)

@@ -183,8 +183,11 @@ def make_job(case: Case, folder: Path) -> Job:
 
 def train(job: Job, base: Any, steps: int) -> float:
     """Train a new adapter for so many steps on random tokens, as the stage would; returns the seconds."""
+    from alignkit.models.reward_model import RewardModel
+    from alignkit.models.value_head import ValueHeadModel
     from alignkit.training.preference import Objective as PreferenceObjective
     from alignkit.training.preference import train_preference
+    from alignkit.training.reward import Objective, train_reward_model
     from alignkit.training.supervised import train_supervised
 
     rows = steps * job.train.batch_size
@@ -201,19 +204,11 @@ def train(job: Job, base: Any, steps: int) -> float:
                 objective = PreferenceObjective("sft_adapter", beta=0.1)
                 train_preference(policy, tokenizer, pairs(job, rows), objective, settings, 1, artifact)
             else:
-                _train_reward(job, policy, tokenizer, rows, settings, artifact)
+                reward_model = RewardModel(ValueHeadModel(policy), tokenizer, job.model)
+                train_reward_model(reward_model, groups(job, rows), Objective(), settings, 1, artifact)
     finally:
         policy.unload()
     return float(artifact.metrics["training_seconds"])
-
-
-def _train_reward(job: Job, policy: Any, tokenizer: Any, rows: int, settings: TrainConfig, artifact: Artifact) -> None:
-    from alignkit.models.reward_model import RewardModel
-    from alignkit.models.value_head import ValueHeadModel
-    from alignkit.training.reward import Objective, train_reward_model
-
-    reward_model = RewardModel(ValueHeadModel(policy), tokenizer, job.model)
-    train_reward_model(reward_model, groups(job, rows), Objective(), settings, 1, artifact)
 
 
 # -- random rows -------------------------------------------------------------------------------------------------------
@@ -228,12 +223,9 @@ def examples(job: Job, rows: int) -> list[Any]:
     """Rows for sft of the job's length; half of each is learned."""
     from alignkit.data.chat import IGNORED, EncodedExample
 
-    found = []
-    for _ in range(rows):
-        ids = tokens(job.longest)
-        learned = job.longest // 2
-        found.append(EncodedExample(ids, [IGNORED] * (job.longest - learned) + ids[-learned:]))
-    return found
+    learned = job.longest // 2
+    drawn = [tokens(job.longest) for _ in range(rows)]
+    return [EncodedExample(ids, [IGNORED] * (job.longest - learned) + ids[-learned:]) for ids in drawn]
 
 
 def pairs(job: Job, rows: int) -> list[Any]:
@@ -251,17 +243,11 @@ def groups(job: Job, rows: int) -> list[Any]:
     from alignkit.training.reward_data import Comparison
 
     half = job.longest // 2
-    return [
-        EncodedGroup(
-            "random",
-            str(place),
-            PromptGroup(tuple(tokens(job.longest - half)), (tuple(tokens(half)), tuple(tokens(half)))),
-            (Comparison(0, 1, 1.0),),
-            (1.0, 0.0),
-            (1.0, 0.0),
-        )
-        for place in range(rows)
-    ]
+    found = []
+    for place in range(rows):
+        row = PromptGroup(tuple(tokens(job.longest - half)), (tuple(tokens(half)), tuple(tokens(half))))
+        found.append(EncodedGroup("random", str(place), row, (Comparison(0, 1, 1.0),), (1.0, 0.0), (1.0, 0.0)))
+    return found
 
 
 # -- the base ----------------------------------------------------------------------------------------------------------
@@ -284,7 +270,7 @@ def random_base(shape: Shape) -> Any:
         tie_word_embeddings=False,
         use_cache=False,
     )
-    config._attn_implementation = "sdpa"
+    config._attn_implementation, config.name_or_path = "sdpa", "random"
     with torch.device("meta"):
         model: Any = Qwen2ForCausalLM(config).to(dtype)
     for module in (model.model.embed_tokens, model.lm_head, model.model.norm):
@@ -303,26 +289,20 @@ def random_base(shape: Shape) -> Any:
 @torch.no_grad()
 def _fill(module: torch.nn.Module, device: torch.device) -> None:
     module.to_empty(device=device)
-    for parameter in module.parameters():
-        parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(std=0.02)
     for name, parameter in module.named_parameters():
-        if name.endswith("bias"):
-            parameter.zero_()
+        if parameter.dim() == 1:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            parameter.normal_(std=0.02)
 
 
 def _quantized(linear: torch.nn.Linear, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    layer = Linear4bit(
-        linear.in_features,
-        linear.out_features,
-        bias=linear.bias is not None,
-        compute_dtype=dtype,
-        compress_statistics=True,
-        quant_type="nf4",
-        device="meta",
-    )
-    weight = Params4bit(linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4")
+    nf4: dict[str, Any] = {"compress_statistics": True, "quant_type": "nf4"}
+    sizes = linear.in_features, linear.out_features, linear.bias is not None
+    layer = Linear4bit(*sizes, compute_dtype=dtype, device="meta", **nf4)
+    weight = Params4bit(linear.weight.data, requires_grad=False, **nf4)
     layer.weight = weight.to(device)
     layer.bias = linear.bias
     layer.support_avx512bf16_for_cpu = False  # it would repack weights for inference, for good

@@ -7,8 +7,8 @@ adapter's weights, T = sequences x padded length the tokens of a micro-batch, an
     peak = resident + max(end of the forward pass, backward through the first layer, optimizer step)
 
 The coefficients of `layer_bytes` and of the full logits were fitted to 40 traces of optimizer steps of 7B Qwen2 models
-with fake tensors, and agree with those within 3.5 %, with six traces of other shapes within 3.1 %, always above. The
-traces have never met a GPU, and neither has this. What a function derives from code instead of traces, it says.
+with fake tensors, and are above each of those by at most 3.5 %. The traces have never met a GPU, and neither has this.
+What a function derives from code instead of traces, it says.
 docs/preflight.md has the whole story.
 """
 
