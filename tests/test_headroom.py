@@ -94,6 +94,15 @@ def test_time_is_given_before_rows() -> None:
     assert [each.split("=")[0] for each in long] == ["model.max_length"]
 
 
+def test_what_a_later_change_makes_needless_is_taken_back() -> None:
+    """In 16 bits not even one row fits beside 13 GiB of weights; in 4 bits four do, with the optimizer as it was."""
+    sixteen = replace(QWEN, model=replace(QWEN.model, quantization=Quantization.none), train=TrainConfig(batch_size=4))
+    assert find_remedies(sixteen, replace(CARD, memory_bytes=14 * GIB)) == [
+        "train.gradient_checkpointing=true",
+        "model.quantization=nf4",
+    ]
+
+
 def test_what_fits_needs_nothing_and_what_cannot_fit_gets_nothing() -> None:
     assert find_remedies(replace(QWEN, train=LIGHT), CARD) == []
     assert find_remedies(QWEN, replace(CARD, memory_bytes=4 * GIB)) == []

@@ -124,21 +124,20 @@ def test_the_report_shows_predicted_beside_measured_memory(tmp_path: Path) -> No
     from alignkit.reporting.page import render_page
     from alignkit.reporting.runs import read_run
 
-    folder = make_run(tmp_path / "runs/mine", stages=8)
-    title = "GPU memory predicted"
-    for step, measured in (("sft", 8 * GIB), ("reward", 0)):
-        path = folder / step / "manifest.json"
+    def page(folder: Path, measured: int) -> str:
+        path = make_run(folder, stages=8) / "sft/manifest.json"
         manifest = json.loads(path.read_text(encoding="utf-8"))
         manifest["metrics"]["predicted_memory_bytes"] = 9 * GIB
-        path.write_text(json.dumps(manifest), encoding="utf-8")
-        assert title not in render_page([read_run(folder)], None)
-        path.write_text(json.dumps(manifest | {"peak_gpu_memory_bytes": measured}), encoding="utf-8")
-        if measured:
-            page = render_page([read_run(folder)], None)
-            path.write_text(json.dumps(manifest), encoding="utf-8")
-    assert title in page
-    table = page[page.index(title) :].partition("</table>")[0]
-    assert "9.00\u00a0GiB" in table
-    assert "8.00\u00a0GiB" in table
-    assert "1.12" in table
-    assert ">reward<" not in table
+        path.write_text(json.dumps({**manifest, "peak_gpu_memory_bytes": measured}), encoding="utf-8")
+        return render_page([read_run(folder)], None)
+
+    title = "GPU memory predicted"
+    assert title not in page(tmp_path / "cpu", measured=0)
+    shown = page(tmp_path / "gpu", measured=8 * GIB)
+    table = shown[shown.index(title) :].partition("</table>")[0]
+    assert [text in table for text in ("9.00\u00a0GiB", "8.00\u00a0GiB", "1.12", ">reward<")] == [
+        True,
+        True,
+        True,
+        False,
+    ]

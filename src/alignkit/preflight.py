@@ -93,7 +93,8 @@ def run(config: PreflightConfig) -> Artifact:
         machine = find_machine(config.hardware)
         rows = count_rows(config)
         found = [examine(job, machine, rows, config.train.epochs, artifact.command) for job in jobs(config, rows)]
-        report = {"model": config.model.name, "machine": vars(machine), "rows": vars(rows), "stages": found}
+        said = {"model": config.model.name, "machine": vars(machine), "rows": vars(rows)}
+        report = {**said, "epochs": config.train.epochs, "stages": found}
         artifact.write_text("preflight.json", json.dumps(report, indent=1) + "\n")
         artifact.write_text("preflight.html", render_preflight(report))
         artifact.metrics = {each["stage"]: {"peak_bytes": each["peak_bytes"], "fits": each["fits"]} for each in found}
@@ -194,9 +195,10 @@ def ready_command(job: Job, command: str, remedies: Sequence[str]) -> str:
 def as_text(report: dict[str, Any]) -> str:
     """The table for a terminal, and under it what to do."""
     gib = 2**30
-    machine = report["machine"]
+    machine, rows = report["machine"], report["rows"]
     lines = [
-        f"{report['model']} on {machine['name']}: {machine['memory_bytes'] / gib:.1f} GiB. All of this is an estimate.",
+        f"{report['model']} on {machine['name']}: {machine['memory_bytes'] / gib:.1f} GiB; {rows['count']} rows "
+        f"of {rows['mean']:.0f} tokens, {report['epochs']:g} epochs. All of this is an estimate.",
         f"{'stage':20s} {'batch':>12s} {'weights':>8s} {'trained':>8s} {'passing':>8s} {'peak':>7s} {'needed':>7s} "
         f"{'spare':>7s}  {'':4s} {'tokens/s':>13s} {'hours':>11s} {'longest that fits':>18s}",
     ]

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 
 from alignkit.core.config import HardwareConfig
-from alignkit.models.memory import Memory
+from alignkit.models.memory import CONTEXT_BYTES, Memory
 
 GIB = 2**30
 
@@ -45,13 +45,13 @@ def find_machine(hardware: HardwareConfig) -> Machine:
 
 
 def free_gpu_memory() -> tuple[str, int] | None:
-    """Name of the current GPU and its free bytes; None without a GPU."""
+    """Name of the current GPU and its free bytes, with those of the context that asking has just made; None without."""
     import torch
 
     if not torch.cuda.is_available():
         return None
     free, _ = torch.cuda.mem_get_info()
-    return torch.cuda.get_device_name(), int(free)
+    return torch.cuda.get_device_name(), int(free) + CONTEXT_BYTES
 
 
 def visible_gpus() -> int:

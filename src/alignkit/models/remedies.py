@@ -124,12 +124,16 @@ def _shortened(job: Job, longest: int) -> Job:
 
 
 def _without_needless(job: Job, changed: Job, machine: Machine) -> Job:
-    """Take back each change, the most costly first, without which the job still fits."""
-    taken_back: tuple[Callable[[Job], Job], ...] = (
-        lambda each: replace(each, model=replace(each.model, quantization=job.model.quantization)),
-        lambda each: replace(each, train=replace(each.train, optimizer=job.train.optimizer)),
-    )
-    for take_back in taken_back:
-        if machine.spare(take_back(changed).memory()) >= 0:
-            changed = take_back(changed)
+    """Take back what a later change has made needless: the 8-bit optimizer, then halvings of the batch."""
+    if job.stage == SAMPLING:
+        return changed
+    as_before = replace(changed, train=replace(changed.train, optimizer=job.train.optimizer))
+    if machine.spare(as_before.memory()) >= 0:
+        changed = as_before
+    size, rows = job.train.batch_size, job.train.batch_size * job.train.gradient_accumulation
+    while size > changed.train.batch_size:
+        larger = replace(changed.train, batch_size=size, gradient_accumulation=rows // size)
+        if machine.spare(replace(changed, train=larger).memory()) >= 0:
+            return replace(changed, train=larger)
+        size //= 2
     return changed

@@ -13,8 +13,8 @@ from alignkit.models.memory import kv_cache_bytes, linear_bytes
 
 PEAK_SHARE = (0.25, 0.60)
 """Of the stated bfloat16 peak. Published QLoRA runs imply, by the formula below, 34 to 49 % on an A100 (README of
-Qwen-7B) and 68 % on an RTX 4090 with torch.compile (README of torchtune). We do not compile, and a faster card waits more
-for its kernels to start; so the range begins lower and ends before."""
+Qwen-7B) and 68 % on an RTX 4090 with torch.compile (README of torchtune). We do not compile, and a faster card waits
+more for its kernels to start; so the range begins lower and ends before."""
 
 BANDWIDTH_SHARE = (0.2, 0.7)
 """Of the stated memory bandwidth, while sampling. Assumed: a loop over layers in Python is far from a graph."""
