@@ -87,11 +87,18 @@ def test_rows_are_counted_with_the_model_s_tokenizer() -> None:
     found = report()["rows"]
     assert found["count"] == 3
     assert found["mean"] < found["longest"] == stage("sft")["longest"] < 512
+    with Path("rows.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"id": "empty", "instruction": "Say it.", "input": "", "output": ""}) + "\n")
+    assert run_command("preflight", ["+model=tiny", "data.path=rows.jsonl", "stages=sft"]) == 0
+    assert report()["rows"] == found
+    assert "empty answer" in Path("runs/default/preflight/dropped.jsonl").read_text(encoding="utf-8")
 
 
 def test_an_unknown_stage_and_an_unreadable_model_are_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command("preflight", ["stages=expand"]) == 2
     assert "choose from sft, reward, dpo, rejection_sampling" in capsys.readouterr().err
+    assert run_command("preflight", ["rows=0"]) == 2
+    assert "rows=0" in capsys.readouterr().err
     assert run_command("preflight", ["+model=qwen7b", "model.path=nobody/knows", "hardware.memory_gib=24"]) == 2
     assert "shape is unknown" in capsys.readouterr().err
 

@@ -6,6 +6,7 @@ training stage makes the same check with its own rows before it loads a model.
 Reads:   data.path                rows to train on, for their lengths (optional)
 Writes:  preflight.json           parts of the memory, speed, hours and advice for each stage
          preflight.html           the same as a page, with the card's memory as a line
+         dropped.jsonl            rows of data.path that sft could not use, and why
 Exit code 2 when a stage that was asked for does not fit, or is known to fail.
 
 Overrides people use:
@@ -89,9 +90,11 @@ def run(config: PreflightConfig) -> Artifact:
     unknown = [stage for stage in config.stages if stage not in STAGES]
     if unknown:
         raise UserError(f"stages={unknown[0]}: choose from {', '.join(STAGES)}")
+    if config.rows < 1 or (config.mean_length is not None and config.mean_length < 1):
+        raise UserError(f"rows={config.rows} mean_length={config.mean_length}: both must be at least 1")
     with Artifact.open("preflight", config, always=True) as artifact:
         machine = find_machine(config.hardware)
-        rows = count_rows(config)
+        rows = count_rows(config, artifact)
         found = [examine(job, machine, rows, config.train.epochs, artifact.command) for job in jobs(config, rows)]
         said = {"model": config.model.name, "machine": vars(machine), "rows": vars(rows)}
         report = {**said, "epochs": config.train.epochs, "stages": found}
@@ -106,7 +109,7 @@ def run(config: PreflightConfig) -> Artifact:
     return artifact
 
 
-def count_rows(config: PreflightConfig) -> Rows:
+def count_rows(config: PreflightConfig, artifact: Artifact) -> Rows:
     """The rows of data.path as `sft` would use them, or those that the configuration states, all as long as allowed."""
     most = config.model.max_length
     if config.data.path == NONE:
@@ -114,13 +117,13 @@ def count_rows(config: PreflightConfig) -> Rows:
     from alignkit.data.lengths import collect, row_lengths
     from alignkit.models.loading import load_tokenizer
 
-    found = collect(row_lengths(load_tokenizer(config.model), config.data), lambda each: None, config.data.path)
+    read = row_lengths(load_tokenizer(config.model), config.data)
+    found = collect(read, lambda each: artifact.drop(each.row, each.reason, each.detail), config.data.path)
     kept = [length for length in found if length <= most]
     if not kept:
         raise UserError(f"model.max_length={most}: every row of {config.data.path} is longer")
-    LOG.info(
-        "%s: %d rows of %d can be used, the longest has %d tokens", config.data.path, len(kept), len(found), max(kept)
-    )
+    counts = len(kept), len(found) - len(kept), artifact.dropped.total(), max(kept)
+    LOG.info("%s: %d rows, %d too long, %d of no use; the longest has %d tokens", config.data.path, *counts)
     return Rows(len(kept), sum(kept) / len(kept), max(kept))
 
 

@@ -45,7 +45,7 @@ def histogram(name: str, counts: Counts, proposed: int) -> str:
     for length, count, _, _ in counts:
         bars[length // width] += count
     with figure_style(name):
-        figure, axes = new_figure(2 * WIDE, 300)
+        figure, axes = new_figure(1.5 * WIDE, 300)
         starts = [width * place for place in range(len(bars))]
         axes.bar(starts, bars, width=0.92 * width, align="edge", color=COLOURS["rung-1"])
         axes.set_xlabel("tokens")
