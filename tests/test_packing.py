@@ -37,7 +37,8 @@ def sdpa(tmp_path: Path) -> ModelConfig:
 def test_the_loss_and_the_step_are_those_of_padded_rows(model: ModelConfig, tmp_path: Path, kind: str) -> None:
     padded, apart = policy_for(model), policy_for(model)
     expected = train(tmp_path / "padded", padded, ONE_STEP)
-    found = train(tmp_path / "apart", apart, replace(ONE_STEP, **{kind: True}))
+    settings = replace(ONE_STEP, packing=kind == "packing", padding_free=kind == "padding_free")
+    found = train(tmp_path / "apart", apart, settings)
     assert found[0]["loss"] == pytest.approx(mean_loss(policy_for(model), encoded()), abs=1e-5)
     assert found[0]["gradient_norm"] == pytest.approx(expected[0]["gradient_norm"], rel=1e-4)
     for name, weight in adapter_weights(padded).items():

@@ -25,7 +25,7 @@ from small_training import (
 from tiny_random import save_random_base, tokenizer
 from transformers import TrainerControl
 
-from alignkit.core.config import ModelConfig, TrainConfig
+from alignkit.core.config import LoraInit, ModelConfig, TrainConfig
 from alignkit.core.errors import UserError
 from alignkit.data.chat import IGNORED, EncodedExample
 from alignkit.models.loading import load_policy, save_adapter
@@ -149,25 +149,50 @@ def test_values_that_the_trainer_refuses_are_the_users_to_mend(tmp_path: Path) -
 # -- resuming ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [3, 4, 5])
+CUTS: dict[str, tuple[int, TrainConfig, dict[str, Any]]] = {
+    "in a log line": (3, TRAIN, {}),
+    "at a checkpoint": (4, TRAIN, {}),
+    "after a checkpoint": (5, TRAIN, {}),
+    "packed": (5, replace(TRAIN, packing=True, batch_size=1), {}),
+    "padding-free": (5, replace(TRAIN, padding_free=True), {}),
+    "with noise": (5, replace(TRAIN, neftune_alpha=5.0), {}),
+    "dora": (5, TRAIN, {"dora": True}),
+    "pissa": (5, TRAIN, {"init": LoraInit.pissa}),
+}
+"""What is trained when it is interrupted at which step."""
+
+
+@pytest.mark.parametrize("case", CUTS)
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     """Three steps an epoch and a checkpoint every two: it is resumed within an epoch, with dropout on."""
-    whole = policy_for(model, dropout=0.2)
-    expected = train(tmp_path / "whole", whole, TRAIN)
+    step, settings, lora = CUTS[case]
+    whole = policy_for(model, dropout=0.2, **lora)
+    expected = train(tmp_path / "whole", whole, settings)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(step, patch)
-        train(tmp_path / "cut", policy_for(model, dropout=0.2), TRAIN)
+        train(tmp_path / "cut", policy_for(model, dropout=0.2, **lora), settings)
     saved = newest_intact(checkpoint_folder(open_artifact(tmp_path / "cut")))
     assert saved is not None
     assert saved.name == ("checkpoint-4" if step == 5 else "checkpoint-2")
 
     torch.manual_seed(77)  # another process has another random state
-    resumed = policy_for(model, dropout=0.2)
-    assert train(tmp_path / "cut", resumed, TRAIN) == expected
+    resumed = policy_for(model, dropout=0.2, **lora)
+    assert train(tmp_path / "cut", resumed, settings) == expected
     for name, weight in adapter_weights(whole).items():
         assert torch.equal(weight, adapter_weights(resumed)[name]), name
+
+
+def test_noise_changes_training_and_nothing_else(model: ModelConfig, tmp_path: Path) -> None:
+    """NEFTune: another loss of the same weights while training, none in evaluation, and no trace afterwards."""
+    policy, settings = policy_for(model), replace(TRAIN, batch_size=16, max_steps=1, neftune_alpha=50.0)
+    quiet = mean_loss(policy, encoded())
+    noisy = train(tmp_path / "run", policy, settings, held_out=encoded())[0]
+    assert abs(noisy["loss"] - quiet) > 1e-3
+    assert noisy["held_out_loss"] == pytest.approx(mean_loss(policy, encoded()), abs=1e-5)
+    after = mean_loss(policy.train(), encoded())  # dropout is 0, so that only noise could make a difference
+    assert after == mean_loss(policy.eval(), encoded())
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"])

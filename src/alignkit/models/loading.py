@@ -217,12 +217,14 @@ def save_adapter(policy: PeftModel, folder: Path, model: ModelConfig, initial: P
     The same weights give the same bytes: target modules, a set in memory, are written in order. `initial` is where
     `models.pissa` keeps the adapter that training began with; what is written is then the difference to it.
     """
-    policy.save_pretrained(
-        str(folder),
-        selected_adapters=["default"],
-        save_embedding_layers=False,
-        path_initial_model_for_weight_conversion=None if initial is None else str(initial),
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="PiSSA changes the base weights")  # the conversion mends just that
+        policy.save_pretrained(
+            str(folder),
+            selected_adapters=["default"],
+            save_embedding_layers=False,
+            path_initial_model_for_weight_conversion=None if initial is None else str(initial),
+        )
     (folder / "README.md").unlink(missing_ok=True)  # an unfilled template
     config = _read_json(folder / ADAPTER_CONFIG)
     config["base_model_name_or_path"] = model.path

@@ -147,6 +147,4 @@ def require_finite(policy: torch.nn.Module, check: Check, when: str) -> None:
     """Fail a check when a trainable weight is no number: a step can spoil weights after its own loss was fine."""
     for name, weight in policy.named_parameters():
         if weight.requires_grad and not bool(torch.isfinite(weight).all()):
-            check(
-                "finite_weights", False, f"{name} has values that are no numbers at {when}; lower train.learning_rate"
-            )
+            check("finite_weights", False, f"{name} is no longer finite at {when}; lower train.learning_rate")

@@ -104,11 +104,13 @@ class HeldOut(TrainerCallback):
         """Measure when it is time; keep the weights when they are the best so far; stop when patience ends."""
         if state.global_step % self._every and state.global_step < state.max_steps:
             return
+        wants_log = control.should_log
         with random_state_kept():
             self._trainer.model_wrapped.eval()
             self._trainer.log({LOSS: self._loss()})
             self._answer(state.global_step)
             self._trainer.model_wrapped.train()
+        control.should_log = wants_log  # which the log line of the held-out loss has taken for served
         measured = measurements(state.log_history)
         if self._train.keep is Keep.best and best_of(measured).step == state.global_step:
             self._best = {name: weight.detach().cpu().clone() for name, weight in self._trainable().items()}
