@@ -8,14 +8,12 @@ from pathlib import Path
 
 from alignkit.core.config import LoraConfig, ModelConfig, Quantization, SamplingConfig, TrainConfig
 from alignkit.models.memory import Adapters, Base, Memory, Step, sampling_memory, training_memory
+from alignkit.models.reward_model import GPU_BATCH_TOKENS
 from alignkit.models.shapes import shape_of
 
 SFT, REWARD, DPO, SAMPLING = "sft", "reward", "dpo", "rejection_sampling"
 STAGES = (SFT, REWARD, DPO, SAMPLING)
 """Stages whose memory is estimated."""
-
-SCORE_TOKENS = 16384
-"""What the reward model reads at once on a GPU (`models.reward_model`)."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Job:
                 sequences=self.sequences,
                 length=self.longest,
                 prompt_tokens=prompts * max(1, self.longest - self.sampling.max_new_tokens),
-                score_tokens=max(SCORE_TOKENS, self.longest),
+                score_tokens=max(GPU_BATCH_TOKENS, self.longest),
             )
         return training_memory(
             self.base,

@@ -48,7 +48,7 @@ def render_preflight(report: Mapping[str, Any]) -> str:
 def stacked(name: str, stages: Sequence[Mapping[str, Any]], limit: int) -> str:
     """Memory of each stage as a bar of its parts in GiB, allowances hollow at its end, with a line at `limit` bytes."""
     with figure_style(name):
-        figure, axes = new_figure(1.5 * WIDE, 66 * len(stages) + 120)
+        figure, axes = new_figure(1.5 * WIDE, 50 * len(stages) + 110)
         axes.grid(visible=False, axis="y")
         axes.grid(visible=True, axis="x")
         most = max(limit, *(stage["needed_bytes"] for stage in stages)) / GIB
