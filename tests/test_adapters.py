@@ -133,6 +133,12 @@ def test_a_pissa_run_continues_only_with_the_base_split_the_same_way(model: Mode
         keep_initial(policy, tmp_path / FOLDER)
 
 
+def test_a_pissa_adapter_that_was_not_converted_is_refused(model: ModelConfig, tmp_path: Path) -> None:
+    policy_for(model, init=LoraInit.pissa).save_pretrained(str(tmp_path / "raw"))
+    with pytest.raises(UserError, match="raw holds PiSSA's directions"):
+        load_policy(model, str(tmp_path / "raw"))
+
+
 def test_the_commands_train_each_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_questions(tmp_path / "questions.jsonl", 8)
     common = ["model=tiny", f"data.path={data}", "train.max_steps=1", "train.warmup_share=0", "train.tracker=none"]

@@ -28,7 +28,6 @@ from transformers import TrainerControl
 from alignkit.core.config import LoraInit, ModelConfig, TrainConfig
 from alignkit.core.errors import UserError
 from alignkit.data.chat import IGNORED, EncodedExample
-from alignkit.models.loading import load_policy, save_adapter
 from alignkit.training import callbacks
 from alignkit.training.arguments import optimizer_steps, trainer_arguments
 from alignkit.training.batches import LengthGroupedSampler
@@ -241,13 +240,6 @@ def test_a_checkpoint_counts_only_while_its_files_are_those_that_were_sealed(tmp
 
 
 # -- guards ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_frozen_adapter_is_not_trained_on(model: ModelConfig, tmp_path: Path) -> None:
-    save_adapter(policy_for(model), tmp_path / "adapter", model)
-    frozen = load_policy(model, str(tmp_path / "adapter"))
-    with pytest.raises(UserError, match="check 'trainable_parameters' failed: none: the adapter is frozen"):
-        train(tmp_path, frozen, TRAIN)
 
 
 def test_matrices_that_do_not_move_stop_the_run(model: ModelConfig, tmp_path: Path) -> None:

@@ -175,7 +175,10 @@ def check_adapter(adapter: str, model: ModelConfig) -> None:
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).exists():
             raise UserError(f"adapter {folder}: there is no {name}. Give the adapter/ folder of a training stage.")
-    trained_on = _read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    config = _read_json(folder / ADAPTER_CONFIG)
+    if str(config.get("init_lora_weights")).startswith("pissa"):
+        raise UserError(f"adapter {folder} holds PiSSA's directions, which are no longer in the base that it names.")
+    trained_on = config.get("base_model_name_or_path")
     if trained_on != model.path:
         raise UserError(
             f"adapter {folder} was trained on the base '{trained_on}', not on '{model.path}'. "

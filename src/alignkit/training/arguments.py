@@ -54,7 +54,7 @@ def trainer_arguments(
     """
     on_gpu = torch.cuda.is_available()
     try:
-        return kind(
+        arguments = kind(
             output_dir=str(folder),
             seed=seed,
             data_seed=seed,
@@ -88,3 +88,9 @@ def trainer_arguments(
         )
     except ValueError as error:
         raise UserError(f"train: {str(error).splitlines()[0]}") from error
+    if arguments.n_gpu > 1:
+        raise UserError(
+            f"{arguments.n_gpu} GPUs are visible to one process, which would split every batch over copies of the "
+            "model: choose one with CUDA_VISIBLE_DEVICES=0, or start one process for each GPU"
+        )
+    return arguments

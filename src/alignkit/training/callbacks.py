@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -131,16 +132,24 @@ class StepReport(TrainerCallback):
 
 
 class SealCheckpoints(TrainerCallback):
-    """Seal each checkpoint once it is whole, if its weights are numbers."""
+    """Seal each checkpoint once it is whole, if its weights are numbers.
 
-    def __init__(self, policy: torch.nn.Module, check: Check) -> None:
+    Its adapter names the base as the configuration does, `base`, so that a training can be started from a checkpoint.
+    """
+
+    def __init__(self, policy: torch.nn.Module, check: Check, base: str) -> None:
         self._policy = policy
         self._check = check
+        self._base = base
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Hash the files of the checkpoint that was just written."""
+        """Name the base, and hash the files of the checkpoint that was just written."""
         require_finite(self._policy, self._check, f"step {state.global_step}")
-        seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if (adapter := checkpoint / "adapter_config.json").exists():
+            config = json.loads(adapter.read_text(encoding="utf-8")) | {"base_model_name_or_path": self._base}
+            adapter.write_text(json.dumps(config, indent=1), encoding="utf-8")
+        seal(checkpoint)
 
 
 def require_finite(policy: torch.nn.Module, check: Check, when: str) -> None:

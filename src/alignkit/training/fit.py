@@ -91,6 +91,8 @@ def fit(
     steps = planned_steps(sampler, optimizer_steps(len(sampler), train))
     row_tokens = row_tokens or sampler.lengths
     tokens = [sum(row_tokens[row] for row in rows) for rows in steps]
+    if hasattr(trainer, "_total_train_tokens"):
+        trainer._total_train_tokens = sum(tokens[:continued_from])  # TRL would begin again at 0
     moved, stop = AdapterMoved(policy, artifact.check), StopAtStepEnd()
     report = StepReport(description, artifact.check, tokens, train.divergence)
     trainer.remove_callback(PrinterCallback)
@@ -101,7 +103,7 @@ def fit(
         *tracking_callbacks(train.tracker, artifact, continued_from),
         *([] if held_out is None else [held_out]),
         stop,
-        SealCheckpoints(policy, artifact.check),
+        SealCheckpoints(policy, artifact.check, artifact.config["model"]["path"]),
     ):
         trainer.add_callback(callback)
     started = time.monotonic()

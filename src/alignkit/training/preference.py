@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -257,7 +258,14 @@ def pairs_dataset(pairs: Sequence[EncodedPair]) -> Dataset:
 
 
 class _Trainer(DPOTrainer):
-    """TRL's trainer with our token ids and our batches."""
+    """TRL's trainer with our token ids and our batches, and without its telemetry."""
+
+    def _send_telemetry(self) -> None:
+        pass
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        shutil.rmtree(Path(str(output_dir)) / "ref", ignore_errors=True)  # made anew from where it is named
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset  # tokenised already
