@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -257,16 +258,14 @@ def test_float32_over_four_bits_is_only_warned_of(
 
 def test_nothing_is_refused_that_the_kit_ships() -> None:
     """Every model with every hardware option, in every training stage."""
-    for model in (path.stem for path in (conf_dir() / "model").glob("*.yaml")):
-        for hardware in (path.stem for path in (conf_dir() / "hardware").glob("*.yaml")):
-            config: Any = load_config("sft", [f"model={model}", f"hardware={hardware}"])
-            for stage, each in ((SFT, 1), (REWARD, 2), (DPO, 2)):
-                job = Job(
-                    stage, config.model, config.model.max_length, config.lora, config.train, sequences_per_row=each
-                )
-                assert known_problems(job, ALONE) == []
-                if config.hardware.memory_gib:
-                    assert find_machine(config.hardware).spare(job.memory()) >= 0, (model, hardware, stage)
+    models = [option(path.stem) for path in (conf_dir() / "model").glob("*.yaml")]
+    for hardware in (path.stem for path in (conf_dir() / "hardware").glob("*.yaml")):
+        config: Any = load_config("sft", [f"hardware={hardware}"])
+        for model, (stage, each) in product(models, ((SFT, 1), (REWARD, 2), (DPO, 2))):
+            job = Job(stage, model, model.max_length, train=config.train, sequences_per_row=each)
+            assert known_problems(job, ALONE) == []
+            if config.hardware.memory_gib:
+                assert find_machine(config.hardware).spare(job.memory()) >= 0, (model.name, hardware, stage)
 
 
 # -- speed -------------------------------------------------------------------------------------------------------------

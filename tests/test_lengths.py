@@ -169,15 +169,16 @@ def test_bad_settings_are_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @needs_data
-@pytest.mark.parametrize(("file", "rows"), [("hotpotqa/dev-distractor-350.jsonl", 350), ("mods/example.json", 100)])
+@pytest.mark.parametrize(("file", "rows"), [("hotpotqa/dev-distractor-350.jsonl", 80), ("mods/example.json", 80)])
 def test_real_rows_with_the_real_tokenizer_of_qwen_7b(
     file: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     model = ["+model=qwen7b", f"model.path={DATA / 'qwen-7b-chat'}"]  # a tokenizer and a config.json: no weights
-    assert run_command("lengths", [*model, f"data.path={DATA / file}", "name=counted"]) == 0
+    given = [*model, f"data.path={DATA / file}", f"data.limit={rows}"]
+    assert run_command("lengths", [*given, "name=counted"]) == 0
     found = json.loads((tmp_path / "runs/default/counted/manifest.json").read_text(encoding="utf-8"))["metrics"]
-    config: Any = load_config("lengths", [*model, f"data.path={DATA / file}"])
+    config: Any = load_config("lengths", given)
     examples, _ = read_examples(config.data)
     real = load_tokenizer(config.model)
     counted = [len(encode_conversation(real, [*each.prompt, *each.completion])) for each in examples]

@@ -197,7 +197,8 @@ def train(job: Job, base: Any, steps: int) -> float:
     policy = new_adapter(base, job.lora, job.model.lora_targets)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            artifact = Artifact(job.stage, Path(folder), {"force": False}, [], "", "")
+            config = {"force": False, "model": {"path": job.model.path}}
+            artifact = Artifact(job.stage, Path(folder), config, [], "", "")
             if job.stage == SFT:
                 train_supervised(policy, tokenizer, examples(job, rows), settings, 1, artifact)
             elif job.stage == DPO:
