@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 
-from alignkit.core.config import LoraConfig, ModelConfig, Quantization
+from alignkit.core.config import LoraConfig, LoraInit, ModelConfig, Quantization
 from alignkit.core.errors import UserError
 from alignkit.models import qwen_v1
 
@@ -195,7 +195,10 @@ def check_adapter(adapter: str, model: ModelConfig) -> None:
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).exists():
             raise UserError(f"adapter {folder}: there is no {name}. Give the adapter/ folder of a training stage.")
-    trained_on = _read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    config = _read_json(folder / ADAPTER_CONFIG)
+    if str(config.get("init_lora_weights")).startswith("pissa"):
+        raise UserError(f"adapter {folder} holds PiSSA's directions, which are no longer in the base that it names.")
+    trained_on = config.get("base_model_name_or_path")
     if trained_on != model.path:
         raise UserError(
             f"adapter {folder} was trained on the base '{trained_on}', not on '{model.path}'. "
@@ -206,7 +209,9 @@ def check_adapter(adapter: str, model: ModelConfig) -> None:
 def new_adapter(base: PreTrainedModel, lora: LoraConfig, targets: list[str]) -> PeftModel:
     """A new low-rank adapter on a base, trainable, float32: A random (seed torch before), B zero.
 
-    `targets` are the names of linear layers, or `["all-linear"]`: all but the output layer.
+    With `lora.init=pissa` A and B are instead the largest singular directions of each weight, which are taken out of
+    the base (Meng et al., 2024, arXiv 2404.02948): see `models.pissa` for how such an adapter is saved. `targets` are
+    the names of linear layers, or `["all-linear"]`: all but the output layer.
     """
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
@@ -216,6 +221,9 @@ def new_adapter(base: PreTrainedModel, lora: LoraConfig, targets: list[str]) -> 
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        init_lora_weights="pissa" if lora.init is LoraInit.pissa else True,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
         base_model_name_or_path=base.name_or_path,
     )
@@ -226,12 +234,20 @@ def new_adapter(base: PreTrainedModel, lora: LoraConfig, targets: list[str]) -> 
     return policy
 
 
-def save_adapter(policy: PeftModel, folder: Path, model: ModelConfig) -> None:
+def save_adapter(policy: PeftModel, folder: Path, model: ModelConfig, initial: Path | None = None) -> None:
     """Write the "default" adapter: adapter_config.json, adapter_model.safetensors and the record of its base.
 
-    The same weights give the same bytes: target modules, a set in memory, are written in order.
+    The same weights give the same bytes: target modules, a set in memory, are written in order. `initial` is where
+    `models.pissa` keeps the adapter that training began with; what is written is then the difference to it.
     """
-    policy.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="PiSSA changes the base weights")  # the conversion mends just that
+        policy.save_pretrained(
+            str(folder),
+            selected_adapters=["default"],
+            save_embedding_layers=False,
+            path_initial_model_for_weight_conversion=None if initial is None else str(initial),
+        )
     (folder / "README.md").unlink(missing_ok=True)  # an unfilled template
     config = _read_json(folder / ADAPTER_CONFIG)
     config["base_model_name_or_path"] = model.path
