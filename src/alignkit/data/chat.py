@@ -85,9 +85,10 @@ def encode_example(
 ) -> EncodedExample | str:
     """Token ids and labels of a conversation, or the reason to drop the row.
 
-    Every assistant turn of the completion is learned, with its end-of-turn token; if `whole`, those of the prompt, too.
+    Every assistant turn of the completion is learned, with its end-of-turn token; if `whole`, those of the prompt, too,
+    but for a greeting that opens it: no prompt asks for that.
     """
-    messages, first = [*prompt, *completion], 0 if whole else len(prompt)
+    messages, first = [*prompt, *completion], 1 if whole else len(prompt)
     learned = [turn for turn in range(first, len(messages)) if messages[turn].role == "assistant"]
     if any(not messages[turn].content.strip() and not messages[turn].tool_calls for turn in learned):
         return "empty answer"
