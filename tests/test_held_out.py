@@ -21,7 +21,7 @@ from small_training import (
     train,
 )
 from test_sft import write_questions
-from tiny_random import conversation, save_random_base, tokenizer, user
+from tiny_random import conversation, save_random_base, tokenizer
 
 from alignkit.core.config import Keep, ModelConfig, RowsConfig, TrainConfig
 from alignkit.core.errors import UserError
@@ -139,18 +139,28 @@ def test_patience_and_the_best_by_hand() -> None:
 
 
 def test_the_split_is_by_prompt() -> None:
-    rows = [
-        ChatExample(id=f"{place}{text}", prompt=user(f"question {place}"), completion=conversation("", text)[1:])
-        for place in range(20)
-        for text in "ab"
-    ]
+    turns = [conversation(f"Question {prompt}?", answer) for prompt in range(20) for answer in ("Yes.", "No.")]
+    rows = [ChatExample(id=str(n), prompt=each[:1], completion=each[1:]) for n, each in enumerate(turns)]
     kept, held_out = split_by_prompt(rows, 0.25, seed=1)
     assert len(held_out) == 2 * 5
-    assert not {row.prompt[0].content for row in kept} & {row.prompt[0].content for row in held_out}
+    assert not {row.id for row in kept} & {row.id for row in held_out}
+    assert {int(row.id) // 2 for row in held_out}.isdisjoint(int(row.id) // 2 for row in kept)
     assert split_by_prompt(rows, 0.25, seed=1) == (kept, held_out)
     assert split_by_prompt(rows, 0.25, seed=2) != (kept, held_out)
     documents = [TextExample(id=str(place), text=f"text {place % 10}") for place in range(20)]
     assert len(split_by_prompt(documents, 0.1, seed=1)[1]) == 2
+
+
+def test_documents_are_split_by_their_text() -> None:
+    rows = [TextExample(id=str(n), text=text) for n, text in enumerate(["a", "b", "a", "c", "d"])]
+    kept, held_out = split_by_prompt(rows, 0.25, seed=1)
+    assert {row.id for row in held_out} in ({"1"}, {"3"}, {"4"}, {"0", "2"})
+    assert len(kept) + len(held_out) == 5
+
+
+def test_a_share_that_leaves_a_side_empty_is_refused() -> None:
+    with pytest.raises(UserError, match=r"held_out_share=0\.1 leaves 2 rows to train on and 0 held out"):
+        split_by_prompt([TextExample(id="a", text="a"), TextExample(id="b", text="b")], 0.1, seed=1)
 
 
 # -- the stage ---------------------------------------------------------------------------------------------------------
@@ -174,6 +184,13 @@ def test_the_stage_holds_out_a_file(model: ModelConfig, tmp_path: Path) -> None:
     first = json.loads((tmp_path / "held_out.jsonl").read_text().splitlines()[0])
     assert first["input"] in rows[0]["prompt"]
     assert rows[0].keys() == {"step", "prompt", "text"}
+
+
+def test_a_held_out_file_without_a_usable_row_is_refused(model: ModelConfig, tmp_path: Path) -> None:
+    path = tmp_path / "held_out.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "Hello"}]}\n')
+    with pytest.raises(UserError, match=r"held_out.jsonl: no row can be used \(see dropped.jsonl\)"):
+        run(configure(model, tmp_path, held_out=RowsConfig(path=str(path))))
 
 
 def test_documents_are_held_out_and_gone_on_with(model: ModelConfig, tmp_path: Path) -> None:

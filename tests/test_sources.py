@@ -470,3 +470,14 @@ def test_the_real_alpaca_and_self_instruct_rows_are_all_usable() -> None:
     tasks, dropped = read_questions(real("self-instruct", "seed_tasks.jsonl"))
     assert (len(tasks), len(dropped)) == (175, 0)
     assert all(task.output.strip() for task in tasks)
+
+
+def test_the_end_of_text_mark_of_a_completion_is_no_text(tmp_path: Path) -> None:
+    answers = [" News <|endoftext|>", " News", " a <|endoftext|> b"]
+    rows = rows_of(tmp_path / "t0.jsonl", [{"prompt": "What is it?", "completion": answer} for answer in answers])
+    examples, _ = read_examples(rows)
+    assert [example.completion[0].content for example in examples if isinstance(example, ChatExample)] == [
+        "News",
+        " News",
+        " a <|endoftext|> b",
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -69,10 +70,12 @@ def test_the_largest_batch_by_hand() -> None:
     def steps() -> Iterator[list[int]]:
         yield from ([0, 1, 2, 3], [4, 5, 6, 7])
 
-    assert largest_batch(steps(), lengths, 4, padding_free=False) == [0, 1, 2, 3]  # 4 x 10 > 4 x 6
-    assert largest_batch(steps(), lengths, 4, padding_free=True) == [4, 5, 6, 7]  # 23 > 13
-    assert largest_batch(steps(), lengths, 2, padding_free=False) == [0, 1]  # 2 x 10 > 2 x 6
-    assert largest_batch(steps(), lengths, 2, padding_free=True) == [4, 5]
+    assert largest_batch(steps(), lengths, 4, math.inf) == [0, 1, 2, 3]  # 4 x 10 > 4 x 6
+    assert largest_batch(steps(), lengths, 4, None) == [4, 5, 6, 7]  # 23 > 13
+    assert largest_batch(steps(), lengths, 2, math.inf) == [0, 1]  # 2 x 10 > 2 x 6
+    assert largest_batch(steps(), lengths, 2, None) == [4, 5]
+    assert largest_batch(steps(), lengths, 4, 20) == [0, 1]  # in parts: 2 x 10 > 3 x 6
+    assert largest_batch(steps(), lengths, 4, 19) == [4, 5, 6]  # 3 x 6 > 1 x 10
 
 
 def test_training_is_the_same_with_and_without_it(

@@ -3,12 +3,12 @@
 Of conversations the completions are learned, each turn with its end-of-turn token; prompts, tools and users are not.
 Documents are learned whole. With model.quantization=nf4 the frozen base is held in 4 bits (QLoRA) and the adapter stays
 in float32. A run that was interrupted continues with the same command from its last checkpoint, and gives the result
-that an uninterrupted run gives. Held-out rows show during training whether it still helps. docs/training.md has the
-rest: packing, kinds of adapters, trackers.
+that an uninterrupted run gives. Held-out rows show during training whether it still helps. docs/labels.md and
+docs/training.md have the rest.
 
 Reads:   data.path: rows with prompt and answer (QA examples, prompt/completion, messages, ShareGPT, Alpaca, HotpotQA,
          QA-Expert, RAFT), with tool calls and tools or without; or documents (pages, rows with a text)
-         held_out.path: rows of the same kinds that are not trained on (optional)
+         held_out.path: rows of the same kind that are not trained on (optional)
          init_adapter: an adapter to continue from, with a new optimizer (optional)
 Writes:  adapter/, loss.jsonl, dropped.jsonl with the reason for each row that was not used
          samples.jsonl: with train.sample_prompts, answers to held-out prompts while it trained
@@ -42,7 +42,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
-from alignkit.core.config import Keep, LoraConfig, LoraInit, ModelConfig, RowsConfig, StageConfig, TrainConfig
+from alignkit.core.config import (
+    HardwareConfig,
+    Keep,
+    LoraConfig,
+    LoraInit,
+    ModelConfig,
+    RowsConfig,
+    StageConfig,
+    TrainConfig,
+)
 from alignkit.core.errors import UserError
 from alignkit.core.records import ChatExample, TextExample
 
@@ -51,6 +60,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from alignkit.data.chat import EncodedExample
+    from alignkit.models.jobs import Job
 
 LOG = logging.getLogger("alignkit")
 
@@ -96,6 +106,7 @@ class SFTConfig(StageConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
 
 def run(config: SFTConfig) -> Artifact:
@@ -113,6 +124,7 @@ def run(config: SFTConfig) -> Artifact:
         if artifact.up_to_date:
             return artifact
         from alignkit.data.chat import audit_labels, count_learned, preview
+        from alignkit.models.headroom import require_memory
         from alignkit.models.loading import load_tokenizer, save_adapter
         from alignkit.training.supervised import train_supervised
 
@@ -121,6 +133,7 @@ def run(config: SFTConfig) -> Artifact:
         for name, passed, detail in audit_labels(tokenizer, encoded):
             artifact.check(name, passed, detail)
         print(preview(tokenizer, encoded, count=3, colour=sys.stdout.isatty()))
+        require_memory(_job(config, encoded), config.hardware, artifact)
 
         policy, initial = _starting_policy(config, artifact)
         losses = train_supervised(
@@ -183,63 +196,57 @@ def _encode(
     from alignkit.data.sources import read_examples
     from alignkit.training.held_out import split_by_prompt
 
-    reasons: set[str] = set()
-
-    def note(row: ChatExample | TextExample | dict[str, object], reason: str, detail: str = "") -> None:
-        reasons.add(reason)
-        drop(row, reason, detail)
-
     def read(rows: RowsConfig) -> Sequence[ChatExample | TextExample]:
         examples, unusable = read_examples(rows)
         for dropped in unusable:
-            note(dropped.row, dropped.reason, dropped.detail)
+            drop(dropped.row, dropped.reason, dropped.detail)
         return examples
-
-    def encode(examples: Sequence[ChatExample | TextExample], source: str) -> Sequence[EncodedExample]:
-        encoded: list[EncodedExample] = []
-        for example in examples:
-            rows = _rows(config, tokenizer, example)
-            if isinstance(rows, str):
-                note(example, rows)
-            else:
-                encoded += rows
-        if not encoded:
-            raise UserError(f"{source}: no row can be used ({'; '.join(sorted(reasons))})")
-        return encoded
 
     examples = read(config.data)
     if config.held_out.path != NONE:
-        return encode(examples, config.data.path), encode(read(config.held_out), config.held_out.path)
-    if not config.held_out_share:
-        return encode(examples, config.data.path), []
-    trained_on, held_out = split_by_prompt(examples, config.held_out_share, config.seed)
-    if not (trained_on and held_out):
-        raise UserError(
-            f"held_out_share={config.held_out_share} leaves {len(trained_on)} rows to train on and {len(held_out)} "
-            "held out; change it, or give more data"
-        )
-    return encode(trained_on, config.data.path), encode(held_out, f"held_out_share={config.held_out_share}")
+        held_out, where = read(config.held_out), config.held_out.path
+    else:
+        (examples, held_out), where = split_by_prompt(examples, config.held_out_share, config.seed), config.data.path
+    rows = _rows(config, tokenizer, examples, drop, config.data.path)
+    wanted = config.held_out.path != NONE or config.held_out_share > 0
+    return rows, _rows(config, tokenizer, held_out, drop, where) if wanted else []
 
 
 def _rows(
-    config: SFTConfig, tokenizer: PreTrainedTokenizerBase, example: ChatExample | TextExample
-) -> list[EncodedExample] | str:
-    """A conversation as one row, a document as one or several; or the reason to drop it."""
-    from alignkit.data.chat import document_end_id, encode_document, encode_example
+    config: SFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[ChatExample | TextExample],
+    drop: Callable[[ChatExample | TextExample | dict[str, object], str, str], None],
+    where: str,
+) -> list[EncodedExample]:
+    from alignkit.data.chat import encode_row
 
-    length = config.model.max_length
-    if isinstance(example, TextExample):
-        end = document_end_id(tokenizer, config.model.document_end)
-        return encode_document(tokenizer, example.text, end, length, split=config.overlong is Overlong.split)
-    row = encode_example(
-        tokenizer,
-        example.prompt,
-        example.completion,
-        length,
-        tools=example.tools,
-        whole=config.learn is Learn.assistant,
-    )
-    return row if isinstance(row, str) else [row]
+    encoded: list[EncodedExample] = []
+    reasons = set()
+    for example in examples:
+        rows = encode_row(
+            tokenizer,
+            example,
+            config.model,
+            whole=config.learn is Learn.assistant,
+            split=config.overlong is Overlong.split,
+        )
+        if isinstance(rows, str):
+            drop(example, rows, "")
+            reasons.add(rows)
+        else:
+            encoded += rows
+    if not encoded:
+        raise UserError(f"{where}: no row can be used ({'; '.join(sorted(reasons)) or 'see dropped.jsonl'})")
+    return encoded
+
+
+def _job(config: SFTConfig, encoded: Sequence[EncodedExample]) -> Job:
+    """What training takes: batches of the longest rows, or of packed sequences."""
+    from alignkit.models.jobs import Job
+
+    longest = config.model.max_length if config.train.packing else max(len(row.input_ids) for row in encoded)
+    return Job("sft", config.model, longest, lora=config.lora, train=config.train, adapter=config.init_adapter)
 
 
 def _starting_policy(config: SFTConfig, artifact: Artifact) -> tuple[PeftModel, Path | None]:

@@ -47,10 +47,11 @@ def trainer_arguments(
 ) -> A:
     """Arguments of class `kind` (SFTConfig, DPOConfig, TrainingArguments, ...) for training on `rows` rows.
 
-    `dtype` is the base model's: on a GPU it decides the autocast dtype. `special` are the arguments of `kind` alone.
-    Checkpoints go to `folder` every `save_steps` steps, rounded up to a multiple of `logging_steps`: logged values are
-    means since the last line, so only between lines can a run be cut in two and give the same lines. The last steps are
-    not saved, the finished model is. Raises `UserError` for values that the trainer refuses.
+    `dtype` is the base model's, and, if it is bfloat16, or float16 on a GPU, that of autocast. `special` are the
+    arguments of `kind` alone. Checkpoints go to `folder` every `save_steps` steps, rounded up to a multiple of
+    `logging_steps`: logged values are means since the last line, so only between lines can a run be cut in two and give
+    the same lines. The last steps are not saved, the finished model is.
+    Raises `UserError` for values that the trainer refuses.
     """
     on_gpu = torch.cuda.is_available()
     try:
@@ -81,7 +82,7 @@ def trainer_arguments(
             run_name=str(folder.parents[1]),
             disable_tqdm=True,
             use_cpu=not on_gpu,
-            bf16=on_gpu and dtype == torch.bfloat16,
+            bf16=dtype == torch.bfloat16,
             fp16=on_gpu and dtype == torch.float16,
             dataloader_pin_memory=on_gpu,
             **special,

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from alignkit.core.artifact import Artifact
 from alignkit.core.config import Keep, SamplingConfig, TrainConfig
+from alignkit.core.errors import UserError
 from alignkit.core.journal import Journal
 from alignkit.core.records import ChatExample, TextExample
 from alignkit.data.chat import IGNORED, EncodedExample, end_of_turn_id
@@ -47,21 +48,32 @@ class Measurement:
     loss: float
 
 
-E = TypeVar("E", ChatExample, TextExample, ChatExample | TextExample)
+def split_by_prompt(
+    examples: Sequence[ChatExample | TextExample], share: float, seed: int
+) -> tuple[list[ChatExample | TextExample], list[ChatExample | TextExample]]:
+    """Examples to train on, and those of a share (rounded) of the distinct prompts, drawn by `seed`.
 
-
-def split_by_prompt(examples: Sequence[E], share: float, seed: int) -> tuple[list[E], list[E]]:
-    """Examples to train on, and those of a share (rounded) of the distinct prompts or documents, drawn by `seed`.
-
-    All examples with one prompt fall on the same side: no answer to a held-out prompt has been trained on.
+    All examples with one prompt fall on the same side: the answer to a held-out prompt has not been trained on. The
+    prompt of a document is its text. Raises `UserError` when a share leaves one side empty.
     """
-    prompts = [example.model_dump_json(include={"prompt", "tools", "text"}) for example in examples]
-    distinct = list(dict.fromkeys(prompts))
+    keys = [_prompt_key(example) for example in examples]
+    distinct = list(dict.fromkeys(keys))
     chosen = set(Random(seed).sample(distinct, round(share * len(distinct))))
-    sides: tuple[list[E], list[E]] = ([], [])
-    for example, prompt in zip(examples, prompts, strict=True):
-        sides[prompt in chosen].append(example)
+    sides: tuple[list[ChatExample | TextExample], list[ChatExample | TextExample]] = ([], [])
+    for example, key in zip(examples, keys, strict=True):
+        sides[key in chosen].append(example)
+    if share and not all(sides):
+        raise UserError(
+            f"held_out_share={share} leaves {len(sides[0])} rows to train on and {len(sides[1])} held out; change it, "
+            "or give more data"
+        )
     return sides
+
+
+def _prompt_key(example: ChatExample | TextExample) -> str:
+    if isinstance(example, TextExample):
+        return example.text
+    return "\n".join(message.model_dump_json() for message in example.prompt)
 
 
 def measurements(history: Sequence[Mapping[str, Any]]) -> list[Measurement]:

@@ -7,6 +7,7 @@ by. The gradients are thrown away and the random state is put back: training is 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from alignkit.core.artifact import Artifact
 from alignkit.core.errors import UserError
 from alignkit.core.manifest import peak_gpu_memory_bytes
-from alignkit.training.batches import LengthGroupedSampler, planned_steps
+from alignkit.training.batches import LengthGroupedSampler, parts, planned_steps
 from alignkit.training.randomness import random_state_kept
 
 if TYPE_CHECKING:
@@ -42,9 +43,10 @@ class StepZero(TrainerCallback):
         """
         if self._trainer.is_deepspeed_enabled or self._trainer.is_fsdp_enabled:
             return
-        padding_free = bool(getattr(self._trainer, "padding_free", False))
+        end_to_end = bool(getattr(self._trainer, "padding_free", False))
+        max_tokens = None if end_to_end else getattr(self._trainer, "max_batch_tokens", math.inf)
         steps = planned_steps(self._sampler, state.max_steps)
-        rows = largest_batch(steps, self._sampler.lengths, args.train_batch_size, padding_free=padding_free)
+        rows = largest_batch(steps, self._sampler.lengths, args.train_batch_size, max_tokens)
         try:
             _rehearse(self._trainer, rows)
         except torch.OutOfMemoryError as error:
@@ -59,16 +61,22 @@ class StepZero(TrainerCallback):
 
 
 def largest_batch(
-    steps: Iterator[list[int]], lengths: Sequence[int], batch_size: int, *, padding_free: bool
+    steps: Iterator[list[int]], lengths: Sequence[int], batch_size: int, max_tokens: float | None
 ) -> list[int]:
-    """The rows of the batch with the most tokens, padding included, of all batches of a run."""
+    """The rows of the batch with the most tokens, padding included, of all batches of a run.
+
+    Of batches that go through the model in parts of `max_tokens` it is a part. None: rows are laid end to end.
+    """
 
     def size(rows: Sequence[int]) -> int:
         tokens = [lengths[row] for row in rows]
-        return sum(tokens) if padding_free else len(tokens) * max(tokens)
+        return sum(tokens) if max_tokens is None else len(tokens) * max(tokens)
 
     batches = (step[first : first + batch_size] for step in steps for first in range(0, len(step), batch_size))
-    return max(batches, key=size)
+    if max_tokens is None:
+        return max(batches, key=size)
+    cut = (batch[part] for batch in batches for part in parts([lengths[row] for row in batch], max_tokens))
+    return max(cut, key=size)
 
 
 def _rehearse(trainer: Trainer, rows: Sequence[int]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
+import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
 from trl import SFTConfig, SFTTrainer
@@ -13,7 +15,7 @@ from alignkit.core.artifact import Artifact
 from alignkit.core.config import TrainConfig
 from alignkit.data.chat import EncodedExample
 from alignkit.training.arguments import trainer_arguments
-from alignkit.training.batches import LengthGroupedSampler
+from alignkit.training.batches import LengthGroupedSampler, parts
 from alignkit.training.checkpoints import checkpoint_folder
 from alignkit.training.fit import fit, trainable_in_float32
 from alignkit.training.held_out import HeldOut
@@ -59,6 +61,7 @@ def train_supervised(
     )
     with trainable_in_float32(policy, artifact):
         trainer = _Trainer(model=policy, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    trainer.max_batch_tokens = train.max_batch_tokens
     if not held_out:
         return fit(trainer, artifact, train, "sft")
     watch = HeldOut(trainer, tokenizer, held_out, train, artifact)
@@ -74,6 +77,29 @@ class _Trainer(SFTTrainer):
 
     def _send_telemetry(self) -> None:
         pass
+
+    max_batch_tokens: float = math.inf
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Forward and backward over a batch, in parts of at most `max_batch_tokens`; returns its loss.
+
+        The loss is a sum over tokens, divided by the learned tokens of the whole optimizer step, so parts add up. With
+        several processes batches stay whole: their numbers of parts would differ, and they wait for each other in each.
+        """
+        step: Callable[..., torch.Tensor] = super().training_step  # without annotations in TRL
+        if self.padding_free or self.args.world_size > 1:
+            return step(model, inputs, num_items_in_batch)
+        lengths = inputs["attention_mask"].sum(dim=1).tolist()
+        loss = torch.zeros((), device=self.args.device)
+        for rows in parts(lengths, self.max_batch_tokens):
+            part = {name: value[rows, : max(lengths[rows])] for name, value in inputs.items()}
+            loss += step(model, part, num_items_in_batch)
+        return loss
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         assert isinstance(self.train_dataset, Dataset)

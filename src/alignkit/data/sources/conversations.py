@@ -15,6 +15,8 @@ from alignkit.core.errors import UserError
 from alignkit.core.records import ChatExample, Dropped, Message, Tools
 from alignkit.data.sources.raw import RawRow
 
+_END_OF_TEXT = "<|endoftext|>"
+
 
 class _Conversation(BaseModel):
     messages: list[Message]
@@ -46,7 +48,7 @@ def read_prompt_and_completion(raw: RawRow) -> ChatExample | Dropped:
     if isinstance(raw.fields["prompt"], str):
         texts = raw.record(_PromptAndCompletion)
         prompt = [{"role": "user", "content": texts.prompt}]
-        completion = [{"role": "assistant", "content": texts.completion}]
+        completion = [{"role": "assistant", "content": without_end_of_text(texts.completion)}]
         example = raw.record(ChatExample, id=raw.id, prompt=prompt, completion=completion)
     else:
         example = raw.record(ChatExample, id=raw.id)
@@ -56,6 +58,12 @@ def read_prompt_and_completion(raw: RawRow) -> ChatExample | Dropped:
         )
     problem = unusable([*example.prompt, *example.completion])
     return raw.drop(problem) if problem else example
+
+
+def without_end_of_text(completion: str) -> str:
+    """A completion as GPT-3 was fine-tuned on, without the end-of-text mark that closes it: the mark is no text."""
+    text = completion.rstrip()
+    return text.removesuffix(_END_OF_TEXT).strip() if text.endswith(_END_OF_TEXT) else completion
 
 
 def read_messages(raw: RawRow) -> ChatExample | Dropped:
