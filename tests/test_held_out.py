@@ -187,9 +187,8 @@ def test_the_stage_holds_out_a_file(model: ModelConfig, tmp_path: Path) -> None:
 
 
 def test_a_held_out_file_without_a_usable_row_is_refused(model: ModelConfig, tmp_path: Path) -> None:
-    path = tmp_path / "held_out.jsonl"
-    path.write_text('{"messages": [{"role": "user", "content": "Hello"}]}\n')
-    with pytest.raises(UserError, match=r"held_out.jsonl: no row can be used \(see dropped.jsonl\)"):
+    path = write_questions(tmp_path / "held_out.jsonl", 1, input="word " * 300)
+    with pytest.raises(UserError, match=r"held_out.jsonl: no row can be used \(longer than max_length"):
         run(configure(model, tmp_path, held_out=RowsConfig(path=str(path))))
 
 

@@ -213,11 +213,12 @@ def test_the_reward_head_is_cast_to_bf16_and_scores_come_in_steps(
 
 @pytest.mark.parametrize("kind", [TRLSFTConfig, TRLDPOConfig, TrainingArguments])
 def test_bf16_is_the_default_and_refused_on_a_cpu(tmp_path: Path, kind: Any) -> None:
-    made = trainer_arguments(kind, TRAIN, tmp_path / "run" / "checkpoints", rows=4, seed=1, dtype=torch.bfloat16)
-    if not torch.cuda.is_available():
-        assert made.use_cpu
-        assert not made.bf16
-    assert not made.fp16
+    """The base's dtype decides, and a machine without a GPU is told so."""
+    for dtype in (torch.float32, torch.bfloat16):
+        made = trainer_arguments(kind, TRAIN, tmp_path / "run" / "checkpoints", rows=4, seed=1, dtype=dtype)
+        assert made.bf16 == (dtype == torch.bfloat16)
+        assert made.use_cpu == (not torch.cuda.is_available())
+        assert not made.fp16
 
 
 def test_what_is_not_quantised_of_a_4bit_base_is_held_in_float32(model: ModelConfig) -> None:

@@ -208,8 +208,7 @@ def _encode(
     else:
         (examples, held_out), where = split_by_prompt(examples, config.held_out_share, config.seed), config.data.path
     rows = _rows(config, tokenizer, examples, drop, config.data.path)
-    wanted = config.held_out.path != NONE or config.held_out_share > 0
-    return rows, _rows(config, tokenizer, held_out, drop, where) if wanted else []
+    return rows, _rows(config, tokenizer, held_out, drop, where) if held_out else []
 
 
 def _rows(
@@ -237,7 +236,7 @@ def _rows(
         else:
             encoded += rows
     if not encoded:
-        raise UserError(f"{where}: no row can be used ({'; '.join(sorted(reasons)) or 'see dropped.jsonl'})")
+        raise UserError(f"{where}: no row can be used ({'; '.join(sorted(reasons))})")
     return encoded
 
 
