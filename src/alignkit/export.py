@@ -31,6 +31,7 @@ Examples:
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -42,9 +43,7 @@ from alignkit.core.config import ModelConfig, RowsConfig, StageConfig
 from alignkit.core.errors import UserError
 
 if TYPE_CHECKING:
-    from alignkit.core.records import Message
-
-    Example = tuple[list[Message], list[Message]]
+    from alignkit.core.records import ChatExample
 
 # All configurations write Optional[...]; omegaconf takes `... | None` just as well.
 # ruff: noqa: UP045
@@ -108,7 +107,7 @@ def run(config: ExportConfig) -> Artifact:
 
             check_adapter_unchanged(config, artifact)
             tokenizer = load_tokenizer(config.model)
-            examples = read_examples(config, artifact)
+            examples = read_examples(config, tokenizer, artifact)
             if needs_merge(config):
                 merged = write_merged(config, tokenizer, examples, artifact)
                 if "gguf" in config.formats:
@@ -137,6 +136,8 @@ def check_config(config: ExportConfig) -> None:
         raise UserError(f"formats={config.formats}: choose from {', '.join(FORMATS)}")
     if config.max_drift <= 0:
         raise UserError(f"max_drift={config.max_drift}: must be above 0 (0.01 nats is the default)")
+    if not re.fullmatch(r"[A-Za-z0-9.-]+", config.license):
+        raise UserError(f"license={config.license}: give a licence's short name as the Hub has it (apache-2.0, other)")
     for name in config.gguf_types if "gguf" in config.formats else []:
         gguf_type(name)
     if "gguf" in config.formats and not config.gguf_types:
@@ -166,23 +167,32 @@ def merged_dtype(config: ExportConfig) -> str:
     return config.model.dtype if config.dtype == "auto" else config.dtype
 
 
-def read_examples(config: ExportConfig, artifact: Artifact) -> list[Example]:
-    """Prompts and answers to measure on: the rows given, or the built-in conversations."""
+def read_examples(config: ExportConfig, tokenizer: Any, artifact: Artifact) -> list[ChatExample]:
+    """Prompts and answers to measure on: the rows given, or the built-in conversations; what is unusable is dropped."""
     from alignkit.data import sources
+    from alignkit.data.chat import encode_example
     from alignkit.evaluation.parity import conversations
 
-    if config.data.path == "none":
-        return conversations()
-    examples, unusable = sources.read_examples(config.data)
+    given = config.data.path != "none"
+    examples, unusable = sources.read_examples(config.data) if given else (conversations(), [])
     for dropped in unusable:
         artifact.drop(dropped.row, dropped.reason, dropped.detail)
-    return [(example.prompt, example.completion) for example in examples]
+    usable: list[ChatExample] = []
+    for example in examples:
+        encoded = encode_example(tokenizer, example.prompt, example.completion, config.model.max_length)
+        if isinstance(encoded, str):
+            artifact.drop(example, encoded)
+        else:
+            usable.append(example)
+    if not usable:
+        raise UserError(f"data.path={config.data.path}: no row can be measured on; dropped.jsonl says why")
+    return usable
 
 
 # -- the merged model --------------------------------------------------------------------------------------------------
 
 
-def write_merged(config: ExportConfig, tokenizer: Any, examples: Sequence[Example], artifact: Artifact) -> Path:
+def write_merged(config: ExportConfig, tokenizer: Any, examples: Sequence[ChatExample], artifact: Artifact) -> Path:
     """Merge, measure, save; returns the checkpoint's folder, which is an output only where it was asked for."""
     from alignkit.data.chat import EncodedExample, encode_example
     from alignkit.evaluation.divergence import divergence, learned_logits, within
@@ -191,10 +201,9 @@ def write_merged(config: ExportConfig, tokenizer: Any, examples: Sequence[Exampl
     from alignkit.models.merging import merge_into_original, merge_into_trained_base, save_checkpoint
 
     dtype = resolve_dtype(merged_dtype(config))
-    encoded = [encode_example(tokenizer, *example, config.model.max_length) for example in examples]
+    length = config.model.max_length
+    encoded = [encode_example(tokenizer, each.prompt, each.completion, length) for each in examples]
     rows = within([row for row in encoded if isinstance(row, EncodedExample)], DRIFT_TOKENS)
-    if not rows:
-        raise UserError(f"data.path={config.data.path}: no row can be measured on: {encoded[0]}")
     policy = load_policy(config.model, config.adapter)
     if "gguf" in config.formats:
         check_gguf(policy.config, tokenizer)
@@ -225,7 +234,7 @@ def write_merged(config: ExportConfig, tokenizer: Any, examples: Sequence[Exampl
 
 
 def write_gguf_files(
-    config: ExportConfig, tokenizer: Any, examples: Sequence[Example], merged: Path, artifact: Artifact
+    config: ExportConfig, tokenizer: Any, examples: Sequence[ChatExample], merged: Path, artifact: Artifact
 ) -> None:
     """One file for each type, each compared with the merged checkpoint before it appears; and a Modelfile."""
     from alignkit.evaluation.parity import compare_file, questions, read
@@ -272,7 +281,7 @@ def write_classifier(config: ExportConfig, artifact: Artifact) -> None:
     assert config.reward is not None
     reward_model = RewardModel.from_pretrained(config.reward)
     tokenizer, offset, scale = reward_model.tokenizer, reward_model.offset, reward_model.scale
-    dialogues = [[*prompt, *answer] for prompt, answer in conversations()]
+    dialogues = [[*example.prompt, *example.completion] for example in conversations()]
     wanted = [float(score) * scale + offset for score in reward_model.scores_or_reasons(dialogues)]
     with artifact.output("reward_classifier") as folder:
         classifier_of(reward_model, resolve_dtype(merged_dtype(config))).save_pretrained(str(folder))

@@ -8,6 +8,7 @@ template, and the token at which a turn ends.
 from __future__ import annotations
 
 import io
+import tempfile
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from alignkit.core.config import SamplingConfig
-from alignkit.core.records import Message
+from alignkit.core.records import ChatExample, Message
 from alignkit.data.chat import EncodedExample, encode_conversation, encode_example, encode_prompt, end_of_turn_id
 from alignkit.evaluation.divergence import divergence, learned_logits
 from alignkit.generation.hf import decode, draw
@@ -77,27 +78,29 @@ class Reading:
 # -- asking ------------------------------------------------------------------------------------------------------------
 
 
-def conversations() -> list[tuple[list[Message], list[Message]]]:
+def conversations() -> list[ChatExample]:
     """The built-in prompts and answers."""
     return [
-        ([Message(role="user", content=question)], [Message(role="assistant", content=answer)])
-        for question, answer in CONVERSATIONS
+        ChatExample(
+            id=f"conversation-{number}",
+            prompt=[Message(role="user", content=question)],
+            completion=[Message(role="assistant", content=answer)],
+        )
+        for number, (question, answer) in enumerate(CONVERSATIONS, start=1)
     ]
 
 
-def questions(
-    tokenizer: Any, examples: Sequence[tuple[Sequence[Message], Sequence[Message]]], max_length: int
-) -> Questions:
-    """Fixed texts and special tokens, and (prompt, completion) pairs as the chat template renders them."""
+def questions(tokenizer: Any, examples: Sequence[ChatExample], max_length: int) -> Questions:
+    """Fixed texts and special tokens, and examples as the chat template renders them."""
     specials = "".join([str(token) for token in tokenizer.added_tokens_decoder.values()][:8])
     texts = [*TEXTS, f"a{specials}b {specials}"]
     encoded = [tokenizer.encode(text, add_special_tokens=False)[:max_length] for text in texts]
     prompts = []
-    for prompt, completion in examples:
-        row = encode_example(tokenizer, prompt, completion, max_length)
+    for example in examples:
+        row = encode_example(tokenizer, example.prompt, example.completion, max_length)
         if isinstance(row, EncodedExample):
             encoded.append(row.input_ids)
-            prompts.append(encode_prompt(tokenizer, prompt))
+            prompts.append(encode_prompt(tokenizer, example.prompt))
             texts.append(tokenizer.decode(row.input_ids))
     return Questions([EncodedExample(ids, ids) for ids in encoded], prompts, texts)
 
@@ -143,7 +146,7 @@ def compare_file(
 
 def compare_tokenizers(label: str, tokenizer: Any, other: Any, asked: Questions) -> list[Finding]:
     """Same ids, same template, same end of turn."""
-    wrong = [text for text in asked.texts if token_ids(tokenizer, text) != token_ids(other, text)]
+    wrong = [text for text in asked.texts if tokenizer.encode(text) != other.encode(text)]
     same_template = other.chat_template == tokenizer.chat_template
     return [
         texts_finding(label, asked, wrong),
@@ -202,12 +205,17 @@ def same_tokens(reference: Sequence[Sequence[int]], found: Sequence[Sequence[int
 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Tokenizer and model as transformers' own GGUF reader makes them, on the GPU if there is one."""
+    """Tokenizer and model as transformers' own GGUF reader makes them, on the GPU if there is one.
+
+    The file is read from a folder of its own: tokenizer files beside it would be believed in its place.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        model: Any = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype)
+    # Its progress bar cannot be turned off.
+    with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
+        (Path(folder) / "model.gguf").symlink_to(path.resolve())
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=dtype)
     return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 

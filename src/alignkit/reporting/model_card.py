@@ -6,7 +6,6 @@ text and cannot become markup.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,8 +98,6 @@ def _metadata(name: str, model: ModelConfig, license: str, scores: Sequence[Scor
         )
         for score in scores
     ]
-    if not re.fullmatch(r"[A-Za-z0-9.-]+", license):
-        raise UserError(f"license={license}: give a licence's short name as the Hub has it, like apache-2.0, or other")
     hub = [path for path in _sources(adapter) if is_hub_name(path) and path != model.path]
     return ModelCardData(
         base_model=model.path if is_hub_name(model.path) else None,
@@ -108,7 +105,6 @@ def _metadata(name: str, model: ModelConfig, license: str, scores: Sequence[Scor
         eval_results=results or None,
         library_name="transformers",
         license=license,
-        license_name=None,
         model_name=name,
         pipeline_tag="text-generation",
         tags=["alignkit", "lora", *sorted({origin.manifest["stage"] for origin in _stages(adapter)})],
