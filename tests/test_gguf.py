@@ -19,7 +19,7 @@ from alignkit.evaluation.parity import compare_file, conversations, load_gguf, q
 from alignkit.models import gguf as gguf_module
 from alignkit.models.gguf import check_gguf, write_gguf
 from alignkit.models.gguf_tokenizer import describe_tokenizer
-from alignkit.models.gguf_types import GGUFType, gguf_type
+from alignkit.models.gguf_types import GGUFType, gguf_type, require_gguf
 
 gguf = pytest.importorskip("gguf")
 
@@ -293,8 +293,6 @@ def test_types_that_cannot_be_written_are_refused_with_the_way_to_get_them(name:
 
 
 def test_the_package_is_needed_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setattr("alignkit.models.gguf_types.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'alignkit\[gguf\]'"):
-        check_gguf(random_model("qwen2").config, embedded_tokenizer())
+        require_gguf()

@@ -129,7 +129,7 @@ def run(config: ExportConfig) -> Artifact:
 def check_config(config: ExportConfig) -> None:
     """Refuse what cannot work, while it costs nothing."""
     from alignkit.data.hub import check_push
-    from alignkit.models.gguf_types import gguf_type
+    from alignkit.models.gguf_types import gguf_type, require_gguf
 
     unknown = [name for name in config.formats if name not in FORMATS]
     if unknown or not config.formats:
@@ -138,10 +138,12 @@ def check_config(config: ExportConfig) -> None:
         raise UserError(f"max_drift={config.max_drift}: must be above 0 (0.01 nats is the default)")
     if not re.fullmatch(r"[A-Za-z0-9.-]+", config.license):
         raise UserError(f"license={config.license}: give a licence's short name as the Hub has it (apache-2.0, other)")
-    for name in config.gguf_types if "gguf" in config.formats else []:
-        gguf_type(name)
-    if "gguf" in config.formats and not config.gguf_types:
-        raise UserError("gguf_types=[]: name at least one, or leave gguf out of formats")
+    if "gguf" in config.formats:
+        require_gguf()
+        if not config.gguf_types:
+            raise UserError("gguf_types=[]: name at least one, or leave gguf out of formats")
+        for name in config.gguf_types:
+            gguf_type(name)
     if config.push_to_hub:
         check_push(config.push_to_hub)
 

@@ -53,7 +53,7 @@ def ask(path: Path, asked: Questions, tokenizer: Any, label: str) -> tuple[Readi
             logits, told = torch.from_numpy(file["logits"]), json.loads(str(file["told"]))
     wrong = [text for text, ids in zip(asked.texts, told["ids"], strict=True) if ids != token_ids(tokenizer, text)]
     findings = [texts_finding(label, asked, wrong), end_finding(label, end_id, told["end"])]
-    return Reading(logits, told["continuations"]), findings
+    return Reading(logits, told["continuations"], margins=[]), findings
 
 
 # -- in the other process ----------------------------------------------------------------------------------------------

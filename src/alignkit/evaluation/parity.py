@@ -20,7 +20,14 @@ from torch import Tensor
 
 from alignkit.core.config import SamplingConfig
 from alignkit.core.records import ChatExample, Message
-from alignkit.data.chat import EncodedExample, encode_conversation, encode_example, encode_prompt, end_of_turn_id
+from alignkit.data.chat import (
+    IGNORED,
+    EncodedExample,
+    encode_conversation,
+    encode_example,
+    encode_prompt,
+    end_of_turn_id,
+)
 from alignkit.evaluation.divergence import divergence, learned_logits
 from alignkit.generation.hf import decode, draw
 from alignkit.models.gguf_types import GGUFType
@@ -33,7 +40,7 @@ KL_BOUNDS = {GGUFType.f32: 1e-8, GGUFType.f16: 1e-4, GGUFType.bf16: 1e-2, GGUFTy
 OTHER_KERNELS = 1e-2
 """More is allowed where another program computes: llama.cpp holds keys and values in f16, torch a 7B in bf16."""
 SAME_CONTINUATION = (GGUFType.f32, GGUFType.f16)
-"""Types with which the most likely tokens must be the same; with the others, rounding may decide between two."""
+"""Types with which the most likely tokens must be the same, but where two were as good as equal; others only report."""
 
 CONVERSATIONS = (
     ("What is the capital of France?", "The capital of France is Paris."),
@@ -69,10 +76,14 @@ class Questions:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model says: `logits` [tokens, vocabulary] on the rows, and its greedy continuations of the prompts."""
+    """What a model says: `logits` [tokens, vocabulary] on the rows, and its greedy continuations of the prompts.
+
+    `margins` are, for each token of each continuation, how far its logit stood above the next one's.
+    """
 
     logits: Tensor
     continuations: list[list[int]]
+    margins: list[list[float]]
 
 
 # -- asking ------------------------------------------------------------------------------------------------------------
@@ -110,7 +121,13 @@ def read(model: Any, asked: Questions, tokenizer: Any) -> Reading:
     greedy = SamplingConfig(n=1, temperature=[0.0, 0.0], top_p=[1.0, 1.0], max_new_tokens=NEW_TOKENS)
     draws = draw(len(asked.prompts), greedy, seed=0)
     ends = {"end_id": end_of_turn_id(tokenizer), "pad_id": tokenizer.pad_token_id}
-    return Reading(learned_logits(model, asked.rows), decode(model, asked.prompts, draws, **ends))
+    continuations = decode(model, asked.prompts, draws, **ends)
+    margins = []
+    for prompt, written in zip(asked.prompts, continuations, strict=True):
+        row = EncodedExample([*prompt, *written], [IGNORED] * len(prompt) + written)
+        best, second = learned_logits(model, [row]).topk(2).values.T
+        margins.append((best - second).tolist())
+    return Reading(learned_logits(model, asked.rows), continuations, margins)
 
 
 # -- comparing ---------------------------------------------------------------------------------------------------------
@@ -180,28 +197,32 @@ def compare_readings(
     bound = KL_BOUNDS[kind] + (0 if same_program else OTHER_KERNELS)
     close = apart.mean_kl <= bound  # False for NaN, too
     cause = "" if close else ": a tensor in the wrong place or order, or weights that the type cannot hold"
-    share = same_tokens(reference.continuations, found.continuations)
+    share, margin = same_tokens(reference, found)
+    tie = margin <= 2 * apart.max_logit_difference  # what moves each of two logits by that turns them round
+    remark = "" if share == 1 else f"; where they part, the two best logits were {margin:.2g} apart"
     must = same_program and kind in SAME_CONTINUATION
-    remark = "" if must else " (rounding may decide between two)"
     findings = [
         Finding(f"{label}_logits", close, f"{apart}; bound {bound:g}{cause}"),
         Finding(
             f"{label}_greedy",
-            share == 1 or not must,
+            share == 1 or tie or not must,
             f"{share:.1%} of the tokens of {len(asked.prompts)} greedy continuations are the same{remark}",
         ),
     ]
     return findings, {**vars(apart), "greedy_tokens_equal": share}
 
 
-def same_tokens(reference: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> float:
-    """Share of the reference's tokens up to which the other continuation is the same."""
-    same = total = 0
-    for mine, other in zip(reference, found, strict=True):
-        total += len(mine)
-        pairs = zip(mine, other, strict=False)
-        same += next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(mine), len(other)))
-    return same / total if total else 1.0
+def same_tokens(reference: Reading, found: Reading) -> tuple[float, float]:
+    """Share of the reference's tokens up to which the other continues alike, and its widest margin where they part."""
+    same, total, widest = 0, 0, 0.0
+    for mine, other, margins in zip(reference.continuations, found.continuations, reference.margins, strict=True):
+        alike = next(
+            (step for step, pair in enumerate(zip(mine, other, strict=False)) if pair[0] != pair[1]), len(mine)
+        )
+        same, total = same + alike, total + len(mine)
+        if alike < len(mine):
+            widest = max(widest, margins[alike])
+    return (same / total if total else 1.0), widest
 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:

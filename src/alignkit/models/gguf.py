@@ -28,10 +28,6 @@ Array = NDArray[Any]
 
 def check_gguf(config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `UserError`, before anything is merged, for a model that cannot be written as GGUF."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise UserError("formats: gguf needs the package of that name: pip install 'alignkit[gguf]'") from error
     if config.model_type not in ARCHITECTURES:
         raise UserError(
             f"formats: gguf is not written for the architecture {config.model_type!r}, only for "

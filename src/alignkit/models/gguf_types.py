@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from importlib.util import find_spec
 
 from alignkit.core.errors import UserError
 
@@ -29,3 +30,9 @@ def gguf_type(name: str) -> GGUFType:
                 f"llama-quantize model-f16.gguf model-{name.lower()}.gguf {name.upper()}"
             )
         raise UserError(f"gguf_types: {name!r} is none of {known}{hint}") from None
+
+
+def require_gguf() -> None:
+    """Raise `UserError` where the package that writes the files is missing."""
+    if find_spec("gguf") is None:
+        raise UserError("formats: gguf needs the package of that name: pip install 'alignkit[gguf]'")
