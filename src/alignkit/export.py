@@ -51,8 +51,6 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("alignkit")
 
 FORMATS = ("safetensors", "adapter", "gguf")
-DRIFT_TOKENS = 2048
-"""Most learned tokens that drift is measured on: whole distributions are held for each."""
 CHECK_ROWS = 8
 """Rows, of those given, that exported files are compared on, beside fixed texts."""
 SCORE_TOLERANCE = {"torch.float32": 1e-3, "torch.bfloat16": 0.3, "torch.float16": 0.05}
@@ -205,7 +203,7 @@ def write_merged(config: ExportConfig, tokenizer: Any, examples: Sequence[ChatEx
     dtype = resolve_dtype(merged_dtype(config))
     length = config.model.max_length
     encoded = [encode_example(tokenizer, each.prompt, each.completion, length) for each in examples]
-    rows = within([row for row in encoded if isinstance(row, EncodedExample)], DRIFT_TOKENS)
+    rows = within([row for row in encoded if isinstance(row, EncodedExample)])
     policy = load_policy(config.model, config.adapter)
     if "gguf" in config.formats:
         check_gguf(policy.config, tokenizer)

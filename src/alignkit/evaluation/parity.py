@@ -28,7 +28,7 @@ from alignkit.data.chat import (
     encode_prompt,
     end_of_turn_id,
 )
-from alignkit.evaluation.divergence import divergence, learned_logits
+from alignkit.evaluation.divergence import divergence, learned_logits, within
 from alignkit.generation.hf import decode, draw
 from alignkit.models.gguf_types import GGUFType
 
@@ -113,7 +113,7 @@ def questions(tokenizer: Any, examples: Sequence[ChatExample], max_length: int) 
             encoded.append(row.input_ids)
             prompts.append(encode_prompt(tokenizer, example.prompt))
             texts.append(tokenizer.decode(row.input_ids))
-    return Questions([EncodedExample(ids, ids) for ids in encoded], prompts, texts)
+    return Questions(within([EncodedExample(ids, ids) for ids in encoded]), prompts, texts)
 
 
 def read(model: Any, asked: Questions, tokenizer: Any) -> Reading:
@@ -198,7 +198,7 @@ def compare_readings(
     close = apart.mean_kl <= bound  # False for NaN, too
     cause = "" if close else ": a tensor in the wrong place or order, or weights that the type cannot hold"
     share, margin = same_tokens(reference, found)
-    tie = margin <= 2 * apart.max_logit_difference  # what moves each of two logits by that turns them round
+    tie = close and margin <= 2 * apart.max_logit_difference  # what moves each of two logits by that turns them round
     remark = "" if share == 1 else f"; where they part, the two best logits were {margin:.2g} apart"
     must = same_program and kind in SAME_CONTINUATION
     findings = [

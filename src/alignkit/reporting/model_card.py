@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.core.artifact import Artifact
 from alignkit.core.config import ModelConfig
-from alignkit.core.errors import UserError
 from alignkit.core.hashing import hash_path
 from alignkit.core.lineage import Origin, lineage, origin_of
 from alignkit.core.manifest import is_hub_name, read_manifest, versions
@@ -40,7 +39,7 @@ class Score:
 
 
 def write_model_card(artifact: Artifact, adapter: str, model: ModelConfig, license: str) -> Path:
-    """Write the card of what `artifact` holds. Raises `UserError` for metadata that the hub would not take."""
+    """Write the card of what `artifact` holds."""
     from huggingface_hub import ModelCard
 
     scores = list(find_scores(Path(adapter)))
@@ -53,12 +52,8 @@ def write_model_card(artifact: Artifact, adapter: str, model: ModelConfig, licen
         "Limits": _limits(artifact, model),
     }
     body = "\n".join([f"# {name}\n", *(f"## {title}\n\n{text}" for title, text in sections.items())])
-    try:
-        card = ModelCard(f"---\n{_metadata(name, model, license, scores, adapter).to_yaml()}\n---\n\n{body}")
-    except ValueError as error:
-        raise UserError(
-            f"license={license}: the model card's metadata is not valid ({one_line(str(error))})"
-        ) from error
+    metadata = _metadata(name, model, license, scores, adapter)
+    card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}")  # reads the metadata back, and refuses what is wrong
     return artifact.write_text(NAME, str(card))
 
 
@@ -94,7 +89,6 @@ def _metadata(name: str, model: ModelConfig, license: str, scores: Sequence[Scor
             dataset_name=score.data,
             metric_type=score.name,
             metric_value=round(score.mean, 4),
-            source_name=f"alignkit evaluate, {score.n} questions",
         )
         for score in scores
     ]
