@@ -373,9 +373,8 @@ def test_it_goes_to_the_hub_with_the_model_at_the_top(config: ExportConfig, monk
     monkeypatch.setattr("huggingface_hub.HfApi", lambda token: Hub())
     assert hub.check_push("me/mine") == "hf_canary0123456789"
     artifact = run(replace(config, push_to_hub="me/mine", data=RowsConfig(path="none")))
-    assert {"README.md", "config.json", "model.safetensors", "model-f16.gguf", "adapter/adapter_config.json"} <= set(
-        uploaded
-    )
+    assert {"README.md", "config.json", "model.safetensors", "model-f16.gguf", "Modelfile"} <= set(uploaded)
+    assert not any(name.startswith("adapter") for name in uploaded)  # its base is a folder of this machine
     assert uploaded["config.json"] == artifact.folder / "merged/config.json"
     assert not {"manifest.json", "log.txt", "dropped.jsonl"} & set(uploaded)
     assert "canary" not in (artifact.folder / "manifest.json").read_text()

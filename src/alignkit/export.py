@@ -282,12 +282,15 @@ def write_classifier(config: ExportConfig, artifact: Artifact) -> None:
     reward_model = RewardModel.from_pretrained(config.reward)
     tokenizer, offset, scale = reward_model.tokenizer, reward_model.offset, reward_model.scale
     dialogues = [[*example.prompt, *example.completion] for example in conversations()]
-    wanted = [float(score) * scale + offset for score in reward_model.scores_or_reasons(dialogues)]
+    scored = list(zip(dialogues, reward_model.scores_or_reasons(dialogues), strict=True))
+    wanted = {number: score * scale + offset for number, (_, score) in enumerate(scored) if isinstance(score, float)}
+    if not wanted:
+        raise UserError(f"reward={config.reward}: it cannot read a short conversation ({scored[0][1]})")
     with artifact.output("reward_classifier") as folder:
         classifier_of(reward_model, resolve_dtype(merged_dtype(config))).save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
-        found, dtype = classifier_scores(folder, tokenizer, dialogues)
-        apart = max(abs(a - b) for a, b in zip(wanted, found, strict=True))
+        found, dtype = classifier_scores(folder, tokenizer, [dialogues[number] for number in wanted])
+        apart = max(abs(a - b) for a, b in zip(wanted.values(), found, strict=True))
         detail = f"largest difference {apart:.1e} over {len(found)} conversations, rounding allows "
         artifact.check("classifier_scores", apart <= SCORE_TOLERANCE[dtype], f"{detail}{SCORE_TOLERANCE[dtype]:g}")
     artifact.metrics["reward_classifier"] = {"offset": offset, "scale": scale, "largest_difference": apart}
@@ -302,12 +305,19 @@ def summary(artifact: Artifact) -> str:
 
 
 def push(config: ExportConfig, artifact: Artifact) -> None:
-    """Upload all outputs to a model repository; merged/ at its top, where hubs and loaders look for a model."""
+    """Upload all outputs to a model repository; merged/ at its top, where hubs and loaders look for a model.
+
+    An adapter whose base is a folder of this machine is of no use elsewhere, and its path nobody's business.
+    """
+    from alignkit.core.manifest import is_hub_name
     from alignkit.data.hub import push_files
 
     assert config.push_to_hub is not None
     files: dict[str, Path] = {}
     for entry in artifact.outputs:
+        if entry["path"] == "adapter" and not is_hub_name(artifact.metrics["adapter"]["base"]):
+            LOG.info("adapter/ is not uploaded: its base is a folder of this machine")
+            continue
         path = artifact.folder / entry["path"]
         inside = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
         for file in inside:

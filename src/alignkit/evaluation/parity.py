@@ -102,10 +102,10 @@ def conversations() -> list[ChatExample]:
 
 
 def questions(tokenizer: Any, examples: Sequence[ChatExample], max_length: int) -> Questions:
-    """Fixed texts and special tokens, and examples as the chat template renders them."""
-    specials = "".join([str(token) for token in tokenizer.added_tokens_decoder.values()][:8])
+    """Fixed texts, every special token, and examples as the chat template renders them."""
+    specials = "".join(str(token) for token in tokenizer.added_tokens_decoder.values())
     texts = [*TEXTS, f"a{specials}b {specials}"]
-    encoded = [tokenizer.encode(text, add_special_tokens=False)[:max_length] for text in texts]
+    encoded = [tokenizer.encode(text, add_special_tokens=False)[:max_length] for text in TEXTS]
     prompts = []
     for example in examples:
         row = encode_example(tokenizer, example.prompt, example.completion, max_length)

@@ -57,6 +57,7 @@ def save_checkpoint(merged: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     before = generation.eos_token_id
     others = before if isinstance(before, list) else [before]
     generation.eos_token_id = [end, *(id for id in others if id not in (None, end))]
+    generation._from_model_config = False  # or transformers may make it anew from config.json, which knows one end only
     for config in (merged.config, generation):
         config.pad_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
     merged.config.eos_token_id = end
