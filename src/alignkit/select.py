@@ -42,10 +42,9 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
-from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
@@ -66,14 +65,12 @@ from alignkit.scoring.row_embedding import EmbeddingConfig
 
 if TYPE_CHECKING:
     from alignkit.reporting.selection_audit import Decisions
+    from alignkit.scoring.choice import Choice, Extension
     from alignkit.scoring.row_embedding import Vectors
 
 # ruff: noqa: UP045
 
 LOG = logging.getLogger("alignkit")
-
-_SAME = 1e-6
-"""Distance below which two rows of length 1 are copies."""
 
 
 class Strategy(Enum):
@@ -148,22 +145,25 @@ def run(config: SelectConfig) -> Artifact:
         if artifact.up_to_date:
             return artifact
         from alignkit.reporting.selection_audit import Decisions
+        from alignkit.scoring.choice import draw
 
         decisions = Decisions(artifact)
         rows, held_out = read_pool(config, decisions)
         clean = cleanse(config, rows, held_out, decisions)
         if config.strategy is Strategy.random and not config.compare:
-            audit = write_selected(config, rows, draw(config, clean, decisions), decisions)
+            assert config.k is not None
+            selected = decisions.settle(clean, draw(len(clean), config.k, config.seed))
+            audit = write_selected(config, rows, selected, decisions)
         else:
             scorer = RowScorer(config.quality, config.teacher)
             scored, threshold = score(config, clean, scorer, decisions)
-            selected: list[QAExample]
+            selected = []
             if config.compare:
-                selected = []
                 audit = compare_strategies(config, scored, threshold, artifact)
             else:
                 good = keep_good(config, scored, threshold, decisions)
-                selected, found = choose(config, good, scorer, threshold, decisions)
+                choice, found = choose(config, good, scorer, threshold, decisions)
+                selected = decisions.settle(good, choice)
                 audit = found | write_selected(config, rows, selected, decisions)
             audit["quality"] = decisions.quality(scored, selected, threshold, config.quality.source)
         audit = {"strategy": config.strategy.name, "k": config.k, **audit}
@@ -201,37 +201,24 @@ def check(config: SelectConfig) -> None:
 
 
 def read_pool(config: SelectConfig, decisions: Decisions) -> tuple[list[QAExample], list[QAExample]]:
-    """All rows of the pool, and the evaluation rows. Raises `UserError` for an id that stands in two files."""
-    from alignkit.data.sources import read_questions
+    """All rows of the pool, without what an earlier selection said of them, and the evaluation rows."""
+    from alignkit.data.sources import read_question_files, read_questions
+    from alignkit.reporting.selection_audit import without_scores
 
-    pool: list[QAExample] = []
-    where: dict[str, str] = {}
-    for path in (config.data.path, *config.also):
-        rows, unusable = read_questions(config.data if path == config.data.path else RowsConfig(path=path))
-        for each in unusable:
-            decisions.set_aside(each)
-        for row in rows:
-            if row.id in where:
-                raise UserError(f"{path}: id '{row.id}' is also in {where[row.id]}; rename the file or the ids")
-            where[row.id] = path
-        pool += [forget(row, config.quality.reuse) for row in rows]
+    rows, unusable = read_question_files([config.data, *(RowsConfig(path=path) for path in config.also)])
+    for each in unusable:
+        decisions.set_aside(each)
+    stale = ("rank",) if config.quality.reuse else ("rank", "quality")
+    pool = [without_scores(row, stale) for row in rows]
     held_out: list[QAExample] = []
     for path in config.held_out:
-        rows, unusable = read_questions(RowsConfig(path=path))
-        held_out += rows
-        if unusable:
-            reasons = ", ".join(sorted({each.reason for each in unusable}))
-            LOG.warning(
-                "held_out: %d rows of %s cannot be used and are not looked for (%s)", len(unusable), path, reasons
-            )
+        found, useless = read_questions(RowsConfig(path=path))
+        held_out += found
+        if useless:
+            reasons = ", ".join(sorted({each.reason for each in useless}))
+            LOG.warning("held_out: %d rows of %s cannot be used: not looked for (%s)", len(useless), path, reasons)
     decisions.step("read", len(pool) + decisions.artifact.dropped.total())
     return pool, held_out
-
-
-def forget(row: QAExample, keep_quality: bool) -> QAExample:
-    """The row without what an earlier selection said of it: its rank, and its quality unless that is to be reused."""
-    stale = {"rank"} if keep_quality else {"rank", "quality"}
-    return row.model_copy(update={"scores": {name: score for name, score in row.scores.items() if name not in stale}})
 
 
 def cleanse(
@@ -239,12 +226,15 @@ def cleanse(
 ) -> list[QAExample]:
     """The rows that keep the rules of hygiene and are not in the evaluation files."""
     from alignkit.data.hygiene.clean import clean
+    from alignkit.scoring.row_embedding import drop_look_alikes
 
     kept, dropped = clean(rows, config.hygiene, held_out)
     for each in dropped:
         decisions.set_aside(each)
     if config.embedding.held_out_similarity is not None and held_out and kept:
-        kept = without_look_alikes(config, kept, held_out, decisions)
+        kept, similar = drop_look_alikes(kept, held_out, config.embedding)
+        for each in similar:
+            decisions.set_aside(each)
     if not kept:
         raise UserError(f"hygiene leaves none of {len(rows)} rows; {decisions.artifact.folder}/dropped.jsonl says why")
     decisions.step("hygiene", len(kept))
@@ -256,22 +246,6 @@ def cleanse(
         LOG.warning(
             "personal data was found, and flagged in the rows: %s (hygiene.personal_data=drop drops them)", found
         )
-    return kept
-
-
-def without_look_alikes(
-    config: SelectConfig, rows: Sequence[QAExample], held_out: Sequence[QAExample], decisions: Decisions
-) -> list[QAExample]:
-    """The rows whose statement and question are not too similar to an evaluation row's."""
-    from alignkit.scoring.row_embedding import look_alikes
-
-    kept = []
-    for row, match in zip(rows, look_alikes(rows, held_out, config.embedding), strict=True):
-        if match is None:
-            kept.append(row)
-        else:
-            detail = f"{held_out[match.row].id}: cosine {match.similarity:.3f}"
-            decisions.drop(row, "similar to the evaluation data", detail, "unclean")
     return kept
 
 
@@ -328,95 +302,48 @@ def keep_good(
 
 def choose(
     config: SelectConfig, good: Sequence[QAExample], scorer: RowScorer, threshold: float, decisions: Decisions
-) -> tuple[list[QAExample], dict[str, Any]]:
-    """The rows that the strategy takes of the good ones, and its part of the audit."""
-    if config.strategy is Strategy.quality:
-        return best_of(config, good, decisions), {}
-    if config.k is None and config.radius is None:
-        decisions.by_row |= {row.id: "selected" for row in good}
-        return list(good), {}
-    return cover(config, good, scorer, threshold, decisions)
-
-
-def draw(config: SelectConfig, rows: Sequence[QAExample], decisions: Decisions) -> list[QAExample]:
-    """k rows at random."""
-    assert config.k is not None
-    drawn = Random(f"{config.seed}-select").sample(range(len(rows)), min(config.k, len(rows)))
-    left = set(range(len(rows))) - set(drawn)
-    for place in sorted(left):
-        decisions.drop(rows[place], "not drawn", "", "covered")
-    return decisions.ranked(rows, drawn)
-
-
-def best_of(config: SelectConfig, good: Sequence[QAExample], decisions: Decisions) -> list[QAExample]:
-    """The k rows of the highest quality; rows of equal quality are taken in random order."""
-    assert config.k is not None
-    order = Random(f"{config.seed}-select").sample(range(len(good)), len(good))
-    order.sort(key=lambda place: -good[place].scores["quality"])
-    for place in order[config.k :]:
-        decisions.drop(good[place], "others have a higher or equal quality", "", "covered")
-    return decisions.ranked(good, order[: config.k])
-
-
-def cover(
-    config: SelectConfig, good: Sequence[QAExample], scorer: RowScorer, threshold: float, decisions: Decisions
-) -> tuple[list[QAExample], dict[str, Any]]:
-    """Choose rows that cover the good ones, and with strategy=mods those that the initial model needs."""
-    import numpy as np
-
+) -> tuple[Choice, dict[str, Any]]:
+    """What the strategy takes of the good rows, and its part of the audit."""
     from alignkit.reporting.selection_audit import thinned
-    from alignkit.scoring.diversity import k_center, nearest_centres
+    from alignkit.scoring.choice import Choice, cover, explain, take_best
     from alignkit.scoring.row_embedding import embed_rows
 
+    quality = [row.scores["quality"] for row in good]
+    if config.strategy is Strategy.quality:
+        assert config.k is not None
+        return take_best(quality, config.k, config.seed), {}
+    if config.k is None and config.radius is None:
+        return Choice(range(len(good)), ranked=False), {}
     vectors = embed_rows(good, config.embedding)
-    best = max(range(len(good)), key=lambda place: good[place].scores["quality"])
     wanted = None if config.k is None else min(config.k, len(good))
     if config.strategy is Strategy.mods and wanted is not None:
         wanted = max(1, wanted - round(wanted * config.necessity.share))
-    found = k_center(vectors, k=wanted, radius=config.radius, first=best)
-    chosen = [int(place) for place in found.centres]
-    decisions.step("coverage", len(chosen))
-    audit: dict[str, Any] = {}
-    spared: dict[int, float] = {}
+    coverage = cover(vectors, quality, wanted, config.radius)
+    decisions.step("coverage", len(coverage.centres))
+    order, kinds, spared, audit = coverage.centres, {}, {}, {}
     if config.strategy is Strategy.mods:
-        chosen, spared, audit["necessity"] = add_necessary(config, good, vectors, chosen, scorer, threshold, decisions)
-    nearest, distances = nearest_centres(vectors, np.array(chosen))
-    for place in sorted(set(range(len(good))) - set(chosen)):
-        detail = f"nearest is {good[chosen[nearest[place]]].id}, at distance {distances[place]:.3f}"
-        reason = "copy of a selected row" if distances[place] < _SAME else "covered by a selected row"
-        if place in spared and distances[place] >= _SAME:
-            reason, detail = "not necessary", f"initial answer scores {spared[place]:g}; {detail}"
-        decisions.drop(good[place], reason, detail, "covered")
-    radius = float(distances.max())
+        scores = ask_initial_model(config, good, order, scorer, decisions)
+        limit = config.necessity.threshold if config.necessity.threshold is not None else threshold
+        extension, audit["necessity"] = add_necessary(config, vectors, order, scores, limit, decisions)
+        order, kinds = extension.order, extension.kinds
+        spared = {place: score for place, score in scores.items() if score is not None and score >= limit}
+    left_out, radius = explain(vectors, order, [row.id for row in good], spared)
     decisions.artifact.metrics["coverage_radius"] = round(radius, 4)
     audit["coverage"] = {
         "embedding": config.embedding.model,
         "field": config.embedding.text.name,
         "radius": radius,
-        "curve": thinned(found.radii.tolist()),
-        "chosen": [[len(chosen), radius]],
+        "curve": thinned(coverage.radii),
+        "chosen": [[len(order), radius]],
     }
-    return decisions.ranked(good, chosen), audit
+    return Choice(order, left_out, kinds), audit
 
 
-def add_necessary(
-    config: SelectConfig,
-    good: Sequence[QAExample],
-    vectors: Vectors,
-    seeds: list[int],
-    scorer: RowScorer,
-    threshold: float,
-    decisions: Decisions,
-) -> tuple[list[int], dict[int, float], dict[str, Any] | None]:
-    """Fill up to k rows with those that a model trained on `seeds` answers badly (MoDS, section 2.3).
-
-    Returns the places of all rows chosen, the score of the initial answer for rows that it sufficed for, and the
-    histogram. The second k-center knows the seeds, so that no row is chosen for what one of them covers already; rows
-    chosen once cannot be chosen again. What is left of k goes to coverage of all good rows.
-    """
+def ask_initial_model(
+    config: SelectConfig, good: Sequence[QAExample], seeds: Sequence[int], scorer: RowScorer, decisions: Decisions
+) -> dict[int, float | None]:
+    """Place -> how well a model trained on the seeds alone answers that row; None for an answer without a score."""
     from alignkit.core.journal import Journal
-    from alignkit.reporting.selection_audit import score_histogram
-    from alignkit.scoring.diversity import extend_cover
     from alignkit.training.initial_model import answer_by_initial_model, score_answers
 
     artifact = decisions.artifact
@@ -428,30 +355,39 @@ def add_necessary(
         {"lora": config.lora, "train": config.train},
         config.sampling,
     )
-    limit = config.necessity.threshold if config.necessity.threshold is not None else threshold
     with Journal(artifact.work_folder / "necessity.jsonl", artifact.fingerprint) as journal:
-        scores = score_answers(good, answers, scorer, journal)
-    necessary = [place for place, score in scores.items() if score is None or score < limit]
+        return score_answers(good, answers, scorer, journal)
+
+
+def add_necessary(
+    config: SelectConfig,
+    vectors: Vectors,
+    seeds: list[int],
+    scores: Mapping[int, float | None],
+    limit: float,
+    decisions: Decisions,
+) -> tuple[Extension, dict[str, Any] | None]:
+    """Fill up to k rows with those whose initial answer scores below `limit` (MoDS, section 2.3); and the histogram."""
+    from alignkit.reporting.selection_audit import score_histogram
+    from alignkit.scoring.choice import extend
+
     assert config.k is not None
-    chosen = extend_cover(vectors, seeds, necessary, config.k)
-    decisions.by_row |= {good[place].id: "necessary" for place in chosen[len(seeds) :]}
-    needed = len(chosen) - len(seeds)
-    chosen = extend_cover(vectors, chosen, range(len(good)), config.k)
-    for place in chosen:
-        decisions.by_row.setdefault(good[place].id, "seed")
-    decisions.step("necessity", len(chosen))
+    necessary = [place for place, score in scores.items() if score is None or score < limit]
+    extension = extend(vectors, seeds, necessary, config.k)
+    decisions.step("necessity", len(extension.order))
     known = {place: score for place, score in scores.items() if score is not None}
-    artifact.metrics["necessity"] = {
+    decisions.artifact.metrics["necessity"] = {
         "answered": len(scores),
         "no_score": len(scores) - len(known),
         "necessary": len(necessary),
-        "chosen": needed,
-        "filled_up": len(chosen) - len(seeds) - needed,
+        "chosen": extension.needed,
+        "filled_up": len(extension.order) - len(seeds) - extension.needed,
     }
-    spared = {place: score for place, score in known.items() if score >= limit}
-    selected = [known[place] for place in chosen if place in known]
-    histogram = score_histogram(list(known.values()), selected, limit, config.quality.scorer.name) if known else None
-    return chosen, spared, histogram and histogram | {"model": config.model.name}
+    if not known:
+        return extension, None
+    selected = [known[place] for place in extension.order if place in known]
+    histogram = score_histogram(list(known.values()), selected, limit, config.quality.scorer.name)
+    return extension, histogram | {"model": config.model.name}
 
 
 def compare_strategies(

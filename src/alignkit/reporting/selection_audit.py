@@ -17,6 +17,7 @@ from alignkit.core.artifact import Artifact
 from alignkit.core.records import Dropped, QAExample
 from alignkit.reporting.plain import one_line
 from alignkit.reporting.selection import AUDIT, selection_page
+from alignkit.scoring.choice import Choice
 
 LOG = logging.getLogger("alignkit")
 
@@ -60,12 +61,14 @@ class Decisions:
         LOG.info("%-10s %d rows", name, rows)
         self.funnel.append({"step": name, "rows": rows})
 
-    def ranked(self, rows: Sequence[QAExample], order: Sequence[int]) -> list[QAExample]:
-        """The rows at these places, in input order, each with its rank in the order of choice (from 1)."""
-        rank = {place: number for number, place in enumerate(order, start=1)}
-        for place in order:
-            self.by_row.setdefault(rows[place].id, "selected")
-        return [with_scores(rows[place], rank=rank[place]) for place in sorted(rank)]
+    def settle(self, rows: Sequence[QAExample], choice: Choice) -> list[QAExample]:
+        """The rows chosen, in input order, with their ranks in the order of choice (from 1); others are set aside."""
+        for place, (reason, detail) in choice.left_out.items():
+            self.drop(rows[place], reason, detail, "covered")
+        rank = {place: number for number, place in enumerate(choice.order, start=1)}
+        for place in rank:
+            self.by_row[rows[place].id] = choice.kinds.get(place, "selected")
+        return [with_scores(rows[place], rank=rank[place]) if choice.ranked else rows[place] for place in sorted(rank)]
 
     def quality(
         self, scored: Sequence[QAExample], selected: Sequence[QAExample], threshold: float, scorer: str
@@ -95,6 +98,11 @@ class Decisions:
 def with_scores(row: QAExample, **scores: float) -> QAExample:
     """A copy of a row with further scores."""
     return row.model_copy(update={"scores": {**row.scores, **{name: float(value) for name, value in scores.items()}}})
+
+
+def without_scores(row: QAExample, names: Sequence[str]) -> QAExample:
+    """A copy of a row without some of its scores."""
+    return row.model_copy(update={"scores": {name: row.scores[name] for name in row.scores if name not in names}})
 
 
 def score_histogram(

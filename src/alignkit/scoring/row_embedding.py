@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import numpy as np
 import numpy.typing as npt
 
 from alignkit.core.config import MISSING
 from alignkit.core.errors import UserError
-from alignkit.core.records import QAExample
+from alignkit.core.records import Dropped, QAExample
 
 # ruff: noqa: UP045
 
@@ -80,13 +80,24 @@ def embed_texts(texts: Sequence[str], config: EmbeddingConfig) -> Vectors:
         return embed_all(embedder, texts, cache)
 
 
-def look_alikes(rows: Sequence[QAExample], held_out: Sequence[QAExample], config: EmbeddingConfig) -> list[Any]:
-    """For each row the evaluation row (`Match`) that statement and question are too similar to; None where none is."""
+def drop_look_alikes(
+    rows: Sequence[QAExample], held_out: Sequence[QAExample], config: EmbeddingConfig
+) -> tuple[list[QAExample], list[Dropped]]:
+    """The rows whose statement and question are not too similar to an evaluation row's, and the others."""
     from alignkit.scoring.embedding import contaminated_by_embedding
 
     assert config.held_out_similarity is not None
     vectors = embed_texts([f"{row.instruction}\n{row.input}" for row in (*rows, *held_out)], config)
-    return list(contaminated_by_embedding(vectors[: len(rows)], vectors[len(rows) :], config.held_out_similarity))
+    matches = contaminated_by_embedding(vectors[: len(rows)], vectors[len(rows) :], config.held_out_similarity)
+    kept, dropped = [], []
+    for row, match in zip(rows, matches, strict=True):
+        if match is None:
+            kept.append(row)
+        else:
+            detail = f"{held_out[match.row].id}: cosine {match.similarity:.3f}"
+            fields = row.model_dump(exclude_none=True)
+            dropped.append(Dropped(reason="similar to the evaluation data", row=fields, detail=detail))
+    return kept, dropped
 
 
 def text_of(row: QAExample, which: EmbeddedText) -> str:

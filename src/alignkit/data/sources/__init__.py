@@ -7,7 +7,7 @@ rows that are well formed but of no use, each with its reason: a stage hands tho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -51,6 +51,22 @@ def read_questions(rows: RowsConfig, *, hotpotqa_paragraphs: str = "gold") -> tu
     `hotpotqa_paragraphs` says which paragraphs make the statement: `gold`, or `all` with the distractors.
     """
     return _read(rows, _question_formats(hotpotqa_paragraphs))
+
+
+def read_question_files(files: Sequence[RowsConfig]) -> tuple[list[QAExample], list[Dropped]]:
+    """The questions of several files as one pool. Raises `UserError` for an id that stands in two of them."""
+    pool: list[QAExample] = []
+    dropped: list[Dropped] = []
+    where: dict[str, str] = {}
+    for file in files:
+        rows, unusable = read_questions(file)
+        for row in rows:
+            if row.id in where:
+                raise UserError(f"{file.path}: id '{row.id}' is also in {where[row.id]}; rename the file or the ids")
+            where[row.id] = file.path
+        pool += rows
+        dropped += unusable
+    return pool, dropped
 
 
 def read_preferences(rows: RowsConfig) -> tuple[list[PreferencePair], list[Dropped]]:
