@@ -3,8 +3,9 @@
     python benchmarks/export_parity.py
 
 The reference of a merge is the 4-bit base with its adapter. That of a GGUF file is the merged float32 model, and the
-file is read by transformers and, where it is installed, by llama.cpp. Both predict every token of 32 conversations
-about held-out questions and of fixed texts, and continue 32 prompts greedily, 24 tokens each or up to the end of turn.
+file is read by transformers and, where it is installed, by llama.cpp. All predict the tokens of fixed texts and of
+conversations about held-out questions (2,048 tokens at most), and continue 32 prompts greedily, by 24 tokens or up to
+the end of turn.
 """
 
 from __future__ import annotations
