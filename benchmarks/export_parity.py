@@ -68,6 +68,7 @@ def measure(folder: Path, adapter: str) -> Iterator[tuple[str, dict[str, Any]]]:
     import torch
 
     from alignkit.core.config import RowsConfig
+    from alignkit.core.records import ChatExample
     from alignkit.data.sources import read_examples
     from alignkit.evaluation.parity import compare_file, compare_readings, questions, read
     from alignkit.models.gguf import write_gguf
@@ -77,7 +78,8 @@ def measure(folder: Path, adapter: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
     model = load_config("export", ["model.quantization=nf4"]).model
     tokenizer = load_tokenizer(model)
-    examples, _ = read_examples(RowsConfig(path=str(folder / "held_out.jsonl")))
+    rows, _ = read_examples(RowsConfig(path=str(folder / "held_out.jsonl")))
+    examples = [row for row in rows if isinstance(row, ChatExample)]
     asked = questions(tokenizer, examples, model.max_length)
     trained = read(load_policy(model, adapter), asked, tokenizer)
 

@@ -173,6 +173,12 @@ def test_rows_that_cannot_be_measured_are_dropped_or_end_it(config: ExportConfig
         run(short)
 
 
+def test_documents_cannot_be_measured_on(config: ExportConfig, tmp_path: Path) -> None:
+    (tmp_path / "pages.jsonl").write_text(json.dumps({"id": "a", "text": "A page about hats."}) + "\n")
+    with pytest.raises(UserError, match=r"pages.jsonl: documents; give rows with a prompt and an answer"):
+        run(replace(config, data=RowsConfig(path=str(tmp_path / "pages.jsonl"))))
+
+
 # -- Qwen of 2023 ------------------------------------------------------------------------------------------------------
 
 

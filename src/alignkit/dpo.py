@@ -72,8 +72,10 @@ def run(config: DPOConfig) -> Artifact:
         if artifact.up_to_date:
             return artifact
         from alignkit.models.loading import check_adapter, load_policy, load_tokenizer, save_adapter
+        from alignkit.training.arguments import refuse_what_only_sft_has
         from alignkit.training.preference import Objective, train_preference
 
+        refuse_what_only_sft_has(config.train)
         if config.reference not in ("sft_adapter", "base"):
             check_adapter(config.reference, config.model)
         tokenizer = load_tokenizer(config.model)

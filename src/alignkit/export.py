@@ -41,9 +41,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Optional
 from alignkit.core.artifact import Artifact
 from alignkit.core.config import ModelConfig, RowsConfig, StageConfig
 from alignkit.core.errors import UserError
+from alignkit.core.records import ChatExample, TextExample
 
 if TYPE_CHECKING:
-    from alignkit.core.records import ChatExample
+    from alignkit.data.chat import EncodedExample
 
 # All configurations write Optional[...]; omegaconf takes `... | None` just as well.
 # ruff: noqa: UP045
@@ -170,7 +171,6 @@ def merged_dtype(config: ExportConfig) -> str:
 def read_examples(config: ExportConfig, tokenizer: Any, artifact: Artifact) -> list[ChatExample]:
     """Prompts and answers to measure on: the rows given, or the built-in conversations; what is unusable is dropped."""
     from alignkit.data import sources
-    from alignkit.data.chat import encode_example
     from alignkit.evaluation.parity import conversations
 
     given = config.data.path != "none"
@@ -179,7 +179,9 @@ def read_examples(config: ExportConfig, tokenizer: Any, artifact: Artifact) -> l
         artifact.drop(dropped.row, dropped.reason, dropped.detail)
     usable: list[ChatExample] = []
     for example in examples:
-        encoded = encode_example(tokenizer, example.prompt, example.completion, config.model.max_length)
+        if isinstance(example, TextExample):
+            raise UserError(f"data.path={config.data.path}: documents; give rows with a prompt and an answer")
+        encoded = encode(config, tokenizer, example)
         if isinstance(encoded, str):
             artifact.drop(example, encoded)
         else:
@@ -189,20 +191,27 @@ def read_examples(config: ExportConfig, tokenizer: Any, artifact: Artifact) -> l
     return usable
 
 
+def encode(config: ExportConfig, tokenizer: Any, example: ChatExample) -> EncodedExample | str:
+    """Tokens and labels, as training makes them."""
+    from alignkit.data.chat import encode_example
+
+    length = config.model.max_length
+    return encode_example(tokenizer, example.prompt, example.completion, length, tools=example.tools)
+
+
 # -- the merged model --------------------------------------------------------------------------------------------------
 
 
 def write_merged(config: ExportConfig, tokenizer: Any, examples: Sequence[ChatExample], artifact: Artifact) -> Path:
     """Merge, measure, save; returns the checkpoint's folder, which is an output only where it was asked for."""
-    from alignkit.data.chat import EncodedExample, encode_example
+    from alignkit.data.chat import EncodedExample
     from alignkit.evaluation.divergence import divergence, learned_logits, within
     from alignkit.models.gguf import check_gguf
     from alignkit.models.loading import load_policy, resolve_dtype
     from alignkit.models.merging import merge_into_original, merge_into_trained_base, save_checkpoint
 
     dtype = resolve_dtype(merged_dtype(config))
-    length = config.model.max_length
-    encoded = [encode_example(tokenizer, each.prompt, each.completion, length) for each in examples]
+    encoded = [encode(config, tokenizer, example) for example in examples]
     rows = within([row for row in encoded if isinstance(row, EncodedExample)])
     policy = load_policy(config.model, config.adapter)
     if "gguf" in config.formats:

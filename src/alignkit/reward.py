@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
-from alignkit.core.config import LoraConfig, ModelConfig, RowsConfig, StageConfig, TrainConfig
+from alignkit.core.config import LoraConfig, LoraInit, ModelConfig, RowsConfig, StageConfig, TrainConfig
 from alignkit.core.errors import UserError
 from alignkit.core.records import Dropped
 
@@ -82,9 +82,13 @@ def run(config: RewardConfig) -> Artifact:
         if artifact.up_to_date:
             return artifact
         from alignkit.models.loading import load_tokenizer
+        from alignkit.training.arguments import refuse_what_only_sft_has
         from alignkit.training.reward import Objective, train_reward_model
         from alignkit.training.reward_data import split_by_prompt
 
+        refuse_what_only_sft_has(config.train)
+        if config.adapter is None and config.lora.init is LoraInit.pissa:
+            raise UserError("lora.init=pissa: only sft has it, leave it out here")
         groups = read_groups(config, artifact)
         train_groups, held_out_groups = split_by_prompt(groups, config.held_out_share, config.seed)
         if not train_groups:

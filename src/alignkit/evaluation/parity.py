@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from alignkit.core.config import SamplingConfig
+from alignkit.core.errors import first_line
 from alignkit.core.records import ChatExample, Message
 from alignkit.data.chat import (
     IGNORED,
@@ -108,10 +109,10 @@ def questions(tokenizer: Any, examples: Sequence[ChatExample], max_length: int) 
     encoded = [tokenizer.encode(text, add_special_tokens=False)[:max_length] for text in TEXTS]
     prompts = []
     for example in examples:
-        row = encode_example(tokenizer, example.prompt, example.completion, max_length)
+        row = encode_example(tokenizer, example.prompt, example.completion, max_length, tools=example.tools)
         if isinstance(row, EncodedExample):
             encoded.append(row.input_ids)
-            prompts.append(encode_prompt(tokenizer, example.prompt))
+            prompts.append(encode_prompt(tokenizer, example.prompt, example.tools))
             texts.append(tokenizer.decode(row.input_ids))
     return Questions(within([EncodedExample(ids, ids) for ids in encoded]), prompts, texts)
 
@@ -146,8 +147,7 @@ def compare_file(
     try:
         other_tokenizer, model = load_gguf(path, dtype)
     except Exception as error:  # of a reader that is not ours, and may not know the architecture
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return [Finding(f"{label}_readable", False, f"transformers cannot read it ({reason})")], {}
+        return [Finding(f"{label}_readable", False, f"transformers cannot read it ({first_line(error)})")], {}
     findings = compare_tokenizers(label, tokenizer, other_tokenizer, asked)
     found, figures = compare_readings(label, kind, reference, read(model, asked, tokenizer), asked)
     findings += found

@@ -8,7 +8,7 @@ from typing import Any
 
 from alignkit.reporting.runs import Run, Step
 
-_NOT_ROWS = ("dropped.jsonl", "loss.jsonl")
+_NOT_ROWS = ("dropped.jsonl", "loss.jsonl", "samples.jsonl")
 """Outputs that are not what a stage hands on."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch.utils.data import Sampler
@@ -45,3 +46,28 @@ class LengthGroupedSampler(Sampler[int]):
             yield from full[index]
         for step in smaller:
             yield from step
+
+
+def parts(lengths: Sequence[int], max_tokens: float) -> list[slice]:
+    """A batch cut into runs of rows that, padded to the longest of the run, have at most `max_tokens` tokens.
+
+    A row that alone has more is a part of its own.
+    """
+    cuts, longest = [0], 0
+    for row, length in enumerate(lengths):
+        longest = max(longest, length)
+        if row > cuts[-1] and longest * (row + 1 - cuts[-1]) > max_tokens:
+            cuts.append(row)
+            longest = length
+    return [slice(first, last) for first, last in pairwise([*cuts, len(lengths)])]
+
+
+def planned_steps(sampler: LengthGroupedSampler, steps: int) -> Iterator[list[int]]:
+    """The row numbers of each of a run's first `steps` optimizer steps, in order."""
+    plan = LengthGroupedSampler(sampler.lengths, sampler.rows_per_step, sampler.seed)
+    while steps > 0:
+        order = list(plan)
+        for first in range(0, len(order), plan.rows_per_step)[:steps]:
+            yield order[first : first + plan.rows_per_step]
+            steps -= 1
+        plan.set_epoch(plan.epoch + 1)

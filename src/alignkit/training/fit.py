@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alignkit.core.artifact import Artifact
-from alignkit.training.callbacks import AdapterMoved, SealCheckpoints, StepReport
+from alignkit.core.config import TrainConfig
+from alignkit.training.arguments import optimizer_steps
+from alignkit.training.batches import LengthGroupedSampler, planned_steps
+from alignkit.training.callbacks import AdapterMoved, SealCheckpoints, StepReport, require_finite
 from alignkit.training.checkpoints import newest_intact
+from alignkit.training.held_out import LOSS, HeldOut, measurements
+from alignkit.training.interruption import StopAtStepEnd
+from alignkit.training.step_zero import StepZero
+from alignkit.training.tracking import tracking_callbacks
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -54,44 +61,88 @@ def trainable_in_float32(policy: torch.nn.Module, artifact: Artifact) -> Iterato
     artifact.metrics["trainable_parameters"] = count
 
 
-def fit(trainer: Trainer, artifact: Artifact, description: str) -> list[dict[str, float]]:
+def fit(
+    trainer: Trainer,
+    artifact: Artifact,
+    train: TrainConfig,
+    description: str,
+    row_tokens: Sequence[int] | None = None,
+    held_out: HeldOut | None = None,
+) -> list[dict[str, float]]:
     """Train to the end and return the rows of loss.jsonl: `step`, `epoch`, `loss` and what else the objective logs.
 
     Continues from the newest intact checkpoint in the trainer's output folder, if there is one, with optimizer, random
-    state and data order, so that the result is that of an uninterrupted run.
+    state and data order, so that the result is that of an uninterrupted run. `row_tokens` are the tokens that are read
+    for each row, where they are not the lengths that rows are grouped by. Raises `KeyboardInterrupt` after a signal,
+    when the checkpoint of the step is written.
     """
     from transformers import PrinterCallback
 
     policy = trainer.model
     assert policy is not None
-    trainer.remove_callback(PrinterCallback)
-    for callback in (
-        AdapterMoved(policy, artifact.check),
-        StepReport(description, artifact.check),
-        SealCheckpoints(),
-    ):
-        trainer.add_callback(callback)
     checkpoint = newest_intact(Path(str(trainer.args.output_dir)))
     continued_from = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
-    if continued_from:
+    if checkpoint is not None:
         LOG.info("%s: continues from step %d", description, continued_from)
+        if held_out is not None:
+            held_out.continue_from(checkpoint)
+    sampler = trainer._get_train_sampler()
+    assert isinstance(sampler, LengthGroupedSampler)
+    steps = planned_steps(sampler, optimizer_steps(len(sampler), train))
+    row_tokens = row_tokens or sampler.lengths
+    tokens = [sum(row_tokens[row] for row in rows) for rows in steps]
+    if hasattr(trainer, "_total_train_tokens"):
+        trainer._total_train_tokens = sum(tokens[:continued_from])  # TRL would begin again at 0
+    moved, stop = AdapterMoved(policy, artifact.check), StopAtStepEnd()
+    report = StepReport(description, artifact.check, tokens, train.divergence)
+    trainer.remove_callback(PrinterCallback)
+    for callback in (
+        StepZero(trainer, sampler, artifact),
+        moved,
+        report,
+        *tracking_callbacks(train.tracker, artifact, continued_from),
+        *([] if held_out is None else [held_out]),
+        stop,
+        SealCheckpoints(policy, artifact.check, artifact.config["model"]["path"]),
+    ):
+        trainer.add_callback(callback)
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        report.close()
+    if stop.stopped:
+        LOG.info("%s: stopped after step %d, its checkpoint is saved", description, trainer.state.global_step)
+        raise KeyboardInterrupt
+    moved.judge(trainer.args, trainer.state)
+    require_finite(policy, artifact.check, "the end")
     policy.eval()
-    losses = [_loss_row(entry) for entry in trainer.state.log_history if "loss" in entry]
     artifact.metrics.update(
-        steps=trainer.state.global_step,
         continued_from_step=continued_from,
-        first_loss=losses[0]["loss"],
-        last_loss=losses[-1]["loss"],
         training_seconds=round(time.monotonic() - started, 2),
+        tokens_per_second=round(report.tokens_per_second, 1),
     )
-    LOG.info(
-        "%s: %d steps, loss %.4f -> %.4f", description, trainer.state.global_step, losses[0]["loss"], losses[-1]["loss"]
-    )
+    return _summarise(trainer, artifact, description)
+
+
+def _summarise(trainer: Trainer, artifact: Artifact, description: str) -> list[dict[str, float]]:
+    """The rows of loss.jsonl, with their first and last loss in metrics and log."""
+    losses = _loss_rows(trainer.state.log_history)
+    first, last, steps = losses[0]["loss"], losses[-1]["loss"], trainer.state.global_step
+    artifact.metrics.update(steps=steps, first_loss=first, last_loss=last)
+    speed = artifact.metrics["tokens_per_second"]
+    LOG.info("%s: %d steps, loss %.4f -> %.4f, %.0f tokens/s", description, steps, first, last, speed)
     return losses
 
 
-def _loss_row(entry: dict[str, Any]) -> dict[str, float]:
+def _loss_rows(history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """A row for each log line with a loss; the held-out loss of its step stands beside it."""
+    held_out = {each.step: each.loss for each in measurements(history)}
+    rows = [_loss_row(entry) for entry in history if "loss" in entry]
+    return [row | ({LOSS: held_out[int(row["step"])]} if row["step"] in held_out else {}) for row in rows]
+
+
+def _loss_row(entry: Mapping[str, Any]) -> dict[str, float]:
     row = {"step": entry["step"], "epoch": round(entry["epoch"], 4)}
     return row | {ours: entry[theirs] for theirs, ours in _LOSS_FIELDS.items() if theirs in entry}

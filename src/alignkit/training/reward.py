@@ -126,7 +126,7 @@ def train_reward_model(
             args=arguments,
             data_collator=_Collator(reward_model.tokenizer.pad_token_id, reward_model.model.max_length),
         )
-    return fit(trainer, artifact, "reward")
+    return fit(trainer, artifact, train, "reward")
 
 
 def ranked_right(groups: Sequence[EncodedGroup], scores: Sequence[Sequence[float]]) -> list[list[bool]]:
@@ -181,7 +181,7 @@ class _Trainer(Trainer):
         self.module = module
         self.lengths = [len(group.tokens) for group in groups]
         self.objective = objective
-        self._right = self._pairs = 0
+        self.right = self.pairs = 0
 
     def compute_loss(
         self,
@@ -196,8 +196,8 @@ class _Trainer(Trainer):
         targets = inputs.pop("targets")
         scores: Tensor = model(**inputs)
         better, worse = scores[pairs[:, 0]], scores[pairs[:, 1]]
-        self._right += int((better > worse).sum())
-        self._pairs += len(pairs)
+        self.right += int((better > worse).sum())
+        self.pairs += len(pairs)
         loss = bradley_terry_loss(better, worse, self.objective.margin_weight * margins, pair_weights)
         if self.objective.regress_weight:
             loss = loss + self.objective.regress_weight * regression_loss(scores, targets, answer_weights)
@@ -205,9 +205,9 @@ class _Trainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the pair accuracy since the last line."""
-        if "loss" in logs and self._pairs:
-            logs["rewards/accuracies"] = self._right / self._pairs
-            self._right = self._pairs = 0
+        if "loss" in logs and self.pairs:
+            logs["rewards/accuracies"] = self.right / self.pairs
+            self.right = self.pairs = 0
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -13,7 +13,16 @@ from pathlib import Path
 
 from alignkit.core.config import RowsConfig
 from alignkit.core.errors import UserError
-from alignkit.core.records import ChatExample, CompletionSet, Dropped, Message, PreferencePair, QAExample, Row
+from alignkit.core.records import (
+    ChatExample,
+    CompletionSet,
+    Dropped,
+    Message,
+    PreferencePair,
+    QAExample,
+    Row,
+    TextExample,
+)
 from alignkit.data.chat import qa_prompt
 from alignkit.data.jsonl import AnyRow, Placed, note_id, read_rows
 from alignkit.data.sources import (
@@ -31,16 +40,23 @@ from alignkit.data.sources.raw import Format, RawRow, detect, row_id
 from alignkit.data.sources.short_answers import ShortAnswer
 
 
-def read_examples(rows: RowsConfig, *, hotpotqa_paragraphs: str = "gold") -> tuple[list[ChatExample], list[Dropped]]:
-    """Examples to learn from, each a prompt and one assistant turn.
+def read_examples(
+    rows: RowsConfig, *, hotpotqa_paragraphs: str = "gold"
+) -> tuple[list[ChatExample | TextExample], list[Dropped]]:
+    """Examples to learn from: all of them prompts with completions, or all of them documents to learn whole.
 
-    Reads chat examples, conversations, and every format of `read_questions` whose rows have answers.
+    Reads chat examples, conversations, RAFT rows, QA-Expert's records as a search in steps, every other format of
+    `read_questions` whose rows have answers, pages of documents, and rows with a text.
     """
-    formats = (
+    formats: tuple[Format[ChatExample | TextExample], ...] = (
         Format("chat example", ("prompt", "completion"), raft.read_prompt_and_completion),
         Format("conversation", ("messages",), conversations.read_messages),
+        Format("ShareGPT", ("conversations",), conversations.read_shared),
         Format("RAFT row", raft.ROW_FIELDS, raft.read_row),
+        Format("QA-Expert", qa_expert.FIELDS, qa_expert.read_conversation),
         *(_with_answer(each) for each in _question_formats(hotpotqa_paragraphs, answered=True)),
+        Format("document page", ("document", "page", "text"), documents.read_page),
+        Format("text", ("text",), documents.read_text),
     )
     return _read(rows, formats)
 
@@ -148,7 +164,7 @@ def _question_formats(hotpotqa_paragraphs: str, *, answered: bool = False) -> tu
     )
 
 
-def _with_answer(questions_format: Format[QAExample]) -> Format[ChatExample]:
+def _with_answer(questions_format: Format[QAExample]) -> Format[ChatExample | TextExample]:
     """The format of the same rows where the answer is to be learnt: it must be there."""
 
     def read(raw: RawRow) -> ChatExample | Dropped:
