@@ -149,6 +149,13 @@ def test_the_prompts_answers_are_learned_when_the_whole_conversation_is(tokenize
     assert passes(tokenizer, whole)
 
 
+def test_a_greeting_that_nothing_asks_for_is_not_learned(tokenizer: PreTrainedTokenizerBase) -> None:
+    row = encoded(
+        tokenizer, [said("Eva.")], prompt=[said("Hello."), *user("Who?"), said("Me?"), *user("No.")], whole=True
+    )
+    assert blocks(tokenizer, row) == ["Me?<|im_end|>", "Eva.<|im_end|>"]
+
+
 def test_an_answer_of_several_never_merges_with_what_stands_before_it(tokenizer: PreTrainedTokenizerBase) -> None:
     """A newline at the beginning of an answer would be one token with the header's."""
     row = encoded(tokenizer, [said("\nyes"), *user("Why?"), said("\nno")], prompt=user("Who?"))

@@ -259,6 +259,17 @@ def test_training_learns_what_is_better_and_checkpoints_hold_no_base(base: Model
     assert float(scores.std(correction=0)) == pytest.approx(1.0, abs=1e-3)
 
 
+def test_gradient_checkpointing_changes_nothing_but_memory(base: ModelConfig, tmp_path: Path) -> None:
+    rows = encoded(base, [group(number) for number in range(8)])
+    losses = []
+    for checkpointing in (False, True):
+        train = replace(TRAIN, max_steps=3, logging_steps=1, gradient_checkpointing=checkpointing)
+        with open_artifact(tmp_path / str(checkpointing)) as artifact:
+            found = train_reward_model(new_model(base), rows, Objective(), train, 1, artifact)
+        losses.append([row["loss"] for row in found])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
 def test_an_interrupted_training_ends_with_the_same_weights(
     base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,13 +23,13 @@ Examples:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from omegaconf import MISSING
 
 from alignkit.core.artifact import Artifact
-from alignkit.core.config import ModelConfig, RowsConfig, StageConfig, TrainConfig
+from alignkit.core.config import HardwareConfig, ModelConfig, RowsConfig, StageConfig, TrainConfig
 from alignkit.core.errors import UserError
 from alignkit.core.records import PreferencePair
 
@@ -58,6 +58,7 @@ class DPOConfig(StageConfig):
     """Continue an interrupted run of exactly this configuration; an error when there is none."""
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
 
 def run(config: DPOConfig) -> Artifact:
@@ -71,6 +72,8 @@ def run(config: DPOConfig) -> Artifact:
     with artifact:
         if artifact.up_to_date:
             return artifact
+        from alignkit.models.headroom import require_memory
+        from alignkit.models.jobs import Job
         from alignkit.models.loading import check_adapter, load_policy, load_tokenizer, save_adapter
         from alignkit.training.arguments import refuse_what_only_sft_has
         from alignkit.training.preference import Objective, train_preference
@@ -80,6 +83,9 @@ def run(config: DPOConfig) -> Artifact:
             check_adapter(config.reference, config.model)
         tokenizer = load_tokenizer(config.model)
         pairs = _encode(config, tokenizer, artifact)
+        job = Job("dpo", config.model, max(map(len, pairs)), train=config.train, adapter=config.init_adapter)
+        job = replace(job, reference=config.reference, sequences_per_row=2)
+        require_memory(job, config.hardware, artifact)
 
         policy = load_policy(config.model, config.init_adapter, trainable=True)
         objective = Objective(config.reference, config.beta, config.sft_weight)

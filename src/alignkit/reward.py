@@ -31,11 +31,20 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
-from alignkit.core.config import LoraConfig, LoraInit, ModelConfig, RowsConfig, StageConfig, TrainConfig
+from alignkit.core.config import (
+    HardwareConfig,
+    LoraConfig,
+    LoraInit,
+    ModelConfig,
+    RowsConfig,
+    StageConfig,
+    TrainConfig,
+)
 from alignkit.core.errors import UserError
 from alignkit.core.records import Dropped
 
 if TYPE_CHECKING:
+    from alignkit.models.jobs import Job
     from alignkit.models.reward_model import RewardModel
     from alignkit.training.reward import EncodedGroup
     from alignkit.training.reward_data import AnswerGroup
@@ -72,6 +81,7 @@ class RewardConfig(StageConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
 
 def run(config: RewardConfig) -> Artifact:
@@ -81,6 +91,7 @@ def run(config: RewardConfig) -> Artifact:
     with Artifact.open("reward", config) as artifact:
         if artifact.up_to_date:
             return artifact
+        from alignkit.models.headroom import require_memory
         from alignkit.models.loading import load_tokenizer
         from alignkit.training.arguments import refuse_what_only_sft_has
         from alignkit.training.reward import Objective, train_reward_model
@@ -99,6 +110,7 @@ def run(config: RewardConfig) -> Artifact:
         tokenizer = load_tokenizer(config.model)
         train = encode(config, tokenizer, train_groups, train_groups, artifact)
         held_out = encode(config, tokenizer, held_out_groups, train_groups, artifact)
+        require_memory(job(config, train), config.hardware, artifact)
 
         reward_model = starting_model(config, tokenizer)
         objective = Objective(config.margin_weight, config.regress_weight)
@@ -187,6 +199,22 @@ def encode(
             f"held_out_share={side} (see dropped.jsonl); raise model.max_length, or change held_out_share"
         )
     return encoded
+
+
+def job(config: RewardConfig, groups: Sequence[EncodedGroup]) -> Job:
+    """What training takes: each prompt of a batch in as many sequences of at most max_length as its answers need."""
+    from alignkit.models.jobs import Job
+
+    parts = [[len(part) for part in group.tokens.split(config.model.max_length)] for group in groups]
+    return Job(
+        "reward",
+        config.model,
+        longest=max(map(max, parts)),
+        lora=config.lora,
+        train=config.train,
+        adapter=config.adapter,
+        sequences_per_row=max(map(len, parts)),
+    )
 
 
 def starting_model(config: RewardConfig, tokenizer: Any) -> RewardModel:

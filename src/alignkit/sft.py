@@ -42,7 +42,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
-from alignkit.core.config import Keep, LoraConfig, LoraInit, ModelConfig, RowsConfig, StageConfig, TrainConfig
+from alignkit.core.config import (
+    HardwareConfig,
+    Keep,
+    LoraConfig,
+    LoraInit,
+    ModelConfig,
+    RowsConfig,
+    StageConfig,
+    TrainConfig,
+)
 from alignkit.core.errors import UserError
 from alignkit.core.records import ChatExample, TextExample
 
@@ -51,6 +60,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from alignkit.data.chat import EncodedExample
+    from alignkit.models.jobs import Job
 
 LOG = logging.getLogger("alignkit")
 
@@ -96,6 +106,7 @@ class SFTConfig(StageConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
 
 def run(config: SFTConfig) -> Artifact:
@@ -113,6 +124,7 @@ def run(config: SFTConfig) -> Artifact:
         if artifact.up_to_date:
             return artifact
         from alignkit.data.chat import audit_labels, count_learned, preview
+        from alignkit.models.headroom import require_memory
         from alignkit.models.loading import load_tokenizer, save_adapter
         from alignkit.training.supervised import train_supervised
 
@@ -121,6 +133,7 @@ def run(config: SFTConfig) -> Artifact:
         for name, passed, detail in audit_labels(tokenizer, encoded):
             artifact.check(name, passed, detail)
         print(preview(tokenizer, encoded, count=3, colour=sys.stdout.isatty()))
+        require_memory(_job(config, encoded), config.hardware, artifact)
 
         policy, initial = _starting_policy(config, artifact)
         losses = train_supervised(
@@ -198,10 +211,18 @@ def _rows(
     drop: Callable[[ChatExample | TextExample | dict[str, object], str, str], None],
     where: str,
 ) -> list[EncodedExample]:
+    from alignkit.data.chat import encode_row
+
     encoded: list[EncodedExample] = []
     reasons = set()
     for example in examples:
-        rows = _encode_one(config, tokenizer, example)
+        rows = encode_row(
+            tokenizer,
+            example,
+            config.model,
+            whole=config.learn is Learn.assistant,
+            split=config.overlong is Overlong.split,
+        )
         if isinstance(rows, str):
             drop(example, rows, "")
             reasons.add(rows)
@@ -212,25 +233,12 @@ def _rows(
     return encoded
 
 
-def _encode_one(
-    config: SFTConfig, tokenizer: PreTrainedTokenizerBase, example: ChatExample | TextExample
-) -> list[EncodedExample] | str:
-    """A conversation as one row, a document as one or several; or the reason to drop it."""
-    from alignkit.data.chat import document_end_id, encode_document, encode_example
+def _job(config: SFTConfig, encoded: Sequence[EncodedExample]) -> Job:
+    """What training takes: batches of the longest rows, or of packed sequences."""
+    from alignkit.models.jobs import Job
 
-    length = config.model.max_length
-    if isinstance(example, TextExample):
-        end = document_end_id(tokenizer, config.model.document_end)
-        return encode_document(tokenizer, example.text, end, length, split=config.overlong is Overlong.split)
-    row = encode_example(
-        tokenizer,
-        example.prompt,
-        example.completion,
-        length,
-        tools=example.tools,
-        whole=config.learn is Learn.assistant,
-    )
-    return row if isinstance(row, str) else [row]
+    longest = config.model.max_length if config.train.packing else max(len(row.input_ids) for row in encoded)
+    return Job("sft", config.model, longest, lora=config.lora, train=config.train, adapter=config.init_adapter)
 
 
 def _starting_policy(config: SFTConfig, artifact: Artifact) -> tuple[PeftModel, Path | None]:

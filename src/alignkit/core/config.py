@@ -91,6 +91,7 @@ class StageConfig:
         "output_dir",
         "force",
         "resume",
+        "hardware",
         "teacher.store",
         "teacher.concurrency",
         "teacher.timeout_seconds",
@@ -211,6 +212,23 @@ class TrainConfig:
     tracker: Tracker = Tracker.tensorboard
     """Where figures go besides loss.jsonl; tensorboard writes event files into the run folder, nothing leaves the
     machine."""
+
+
+@dataclass
+class HardwareConfig:
+    """The GPU that the work is meant for: what `hardware=` chooses. Without one, the machine's own memory counts."""
+
+    name: str = "here"
+    memory_gib: Optional[float] = None
+    """Memory of one GPU as torch sees it; none: what is free on the GPU that is here, or the RAM without one."""
+    bf16_tflops: Optional[float] = None
+    """Dense bfloat16 peak that its vendor states, in 10^12 operations a second; none: no estimate of speed."""
+    bandwidth_gb_per_s: Optional[float] = None
+    """Memory bandwidth that its vendor states."""
+    gpus: int = 1
+    """How many train side by side."""
+    enforce: bool = True
+    """Stop before loading a model that is estimated not to fit; false only warns."""
 
 
 @dataclass

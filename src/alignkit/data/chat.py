@@ -17,8 +17,9 @@ from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from alignkit.core.config import ModelConfig
 from alignkit.core.errors import UserError, first_line
-from alignkit.core.records import Message, QAExample, Tools
+from alignkit.core.records import ChatExample, Message, QAExample, TextExample, Tools
 from alignkit.data.tools import Shown, find_shown, fit, to_json
 
 if TYPE_CHECKING:
@@ -84,9 +85,10 @@ def encode_example(
 ) -> EncodedExample | str:
     """Token ids and labels of a conversation, or the reason to drop the row.
 
-    Every assistant turn of the completion is learned, with its end-of-turn token; if `whole`, those of the prompt, too.
+    Every assistant turn of the completion is learned, with its end-of-turn token; if `whole`, those of the prompt, too,
+    but for a greeting that opens it: no prompt asks for that.
     """
-    messages, first = [*prompt, *completion], 0 if whole else len(prompt)
+    messages, first = [*prompt, *completion], 1 if whole else len(prompt)
     learned = [turn for turn in range(first, len(messages)) if messages[turn].role == "assistant"]
     if any(not messages[turn].content.strip() and not messages[turn].tool_calls for turn in learned):
         return "empty answer"
@@ -119,6 +121,27 @@ def encode_document(
         EncodedExample(piece, [IGNORED, *piece[1:]], ends=int(number == len(pieces)), document_end=end)
         for number, piece in enumerate(pieces, 1)
     ]
+
+
+def encode_row(
+    tokenizer: PreTrainedTokenizerBase,
+    example: ChatExample | TextExample,
+    model: ModelConfig,
+    *,
+    whole: bool = False,
+    split: bool = False,
+) -> list[EncodedExample] | str:
+    """A conversation as one row, a document as one or, if `split`, several; or the reason to drop it.
+
+    See `encode_example` and `encode_document`; the longest row has `model.max_length` tokens.
+    """
+    if isinstance(example, TextExample):
+        end = document_end_id(tokenizer, model.document_end)
+        return encode_document(tokenizer, example.text, end, model.max_length, split=split)
+    row = encode_example(
+        tokenizer, example.prompt, example.completion, model.max_length, tools=example.tools, whole=whole
+    )
+    return row if isinstance(row, str) else [row]
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -21,7 +21,7 @@ SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END, *(f"<|extra_{number}|>" for
 """The 208 special tokens; their ids follow the last rank of the vocabulary file."""
 
 CHAT_TEMPLATE = (
-    "{% if not messages or messages[0]['role'] != 'system' %}"
+    "{% if messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
     "{% endif %}"
     "{% for message in messages %}"

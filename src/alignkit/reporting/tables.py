@@ -34,6 +34,19 @@ def stage_table(run: Run) -> list[dict[str, Any]]:
     ]
 
 
+def memory_table(run: Run) -> list[dict[str, Any]]:
+    """A line for each step whose peak was predicted before it began and measured on a GPU: bytes, and their ratio."""
+    lines = []
+    for step in run.steps:
+        predicted = step.metrics.get("predicted_memory_bytes")
+        measured = step.manifest.get("peak_gpu_memory_bytes", 0)
+        if predicted and measured:
+            lines.append(
+                {"name": step.name, "predicted": predicted, "measured": measured, "ratio": predicted / measured}
+            )
+    return lines
+
+
 def check_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """A line for each check of each step: its result for every run (None where it was not made) and its detail."""
     lines: dict[tuple[str, str], dict[str, Any]] = {}

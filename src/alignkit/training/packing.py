@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from trl import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -38,6 +38,7 @@ def pack(encoded: Sequence[EncodedExample], length: int, artifact: Artifact) -> 
     The whole data set is packed at once: TRL's own call packs a thousand rows at a time, which fills long sequences
     less. It would cut a row that is longer than `length`, so that must not happen.
     """
+    disable_progress_bars()
     packed = pack_dataset(rows_dataset(encoded), length, "bfd", map_kwargs={"batch_size": len(encoded)})
     tokens = sum(len(row.input_ids) for row in encoded)
     kept = sum(map(sum, packed["seq_lengths"]))

@@ -43,8 +43,7 @@ def train_supervised(
     and packed sequences of `max_length` tokens. With `held_out` rows their loss is measured beside it; answers to their
     prompts, if any are asked for, become samples.jsonl.
     """
-    apart = train.packing or train.padding_free
-    if apart:
+    if train.packing or train.padding_free:
         check_rows_apart(policy, encoded, artifact)
     rows = pack(encoded, max_length, artifact) if train.packing else rows_dataset(encoded)
     arguments = trainer_arguments(
@@ -55,7 +54,8 @@ def train_supervised(
         seed=seed,
         dtype=policy.dtype,
         max_length=None,
-        padding_free=apart,
+        packing=train.packing,
+        padding_free=train.padding_free,
         neftune_noise_alpha=train.neftune_alpha,
         dataset_kwargs={"skip_prepare_dataset": True},
     )

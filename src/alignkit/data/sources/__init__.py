@@ -48,7 +48,18 @@ def read_examples(
     Reads chat examples, conversations, RAFT rows, QA-Expert's records as a search in steps, every other format of
     `read_questions` whose rows have answers, pages of documents, and rows with a text.
     """
-    formats: tuple[Format[ChatExample | TextExample], ...] = (
+    return _read(rows, _example_formats(hotpotqa_paragraphs))
+
+
+def stream_examples(
+    rows: RowsConfig, *, hotpotqa_paragraphs: str = "gold"
+) -> Iterator[ChatExample | TextExample | Dropped]:
+    """The rows of `read_examples` and those it sets aside, one by one in their order; only their ids are kept."""
+    return _stream(rows, _example_formats(hotpotqa_paragraphs))
+
+
+def _example_formats(hotpotqa_paragraphs: str) -> tuple[Format[ChatExample | TextExample], ...]:
+    return (
         Format("chat example", ("prompt", "completion"), raft.read_prompt_and_completion),
         Format("conversation", ("messages",), conversations.read_messages),
         Format("ShareGPT", ("conversations",), conversations.read_shared),
@@ -58,7 +69,6 @@ def read_examples(
         Format("document page", ("document", "page", "text"), documents.read_page),
         Format("text", ("text",), documents.read_text),
     )
-    return _read(rows, formats)
 
 
 def read_questions(rows: RowsConfig, *, hotpotqa_paragraphs: str = "gold") -> tuple[list[QAExample], list[Dropped]]:
@@ -123,6 +133,23 @@ def _read(
     """Read all rows in the format of the first. Raises `UserError` when no usable row is left."""
     records: list[AnyRow] = []
     dropped: list[Dropped] = []
+    for row in _stream(rows, formats, read):
+        if isinstance(row, Dropped):
+            dropped.append(row)
+        else:
+            records.append(row)
+    if not records:
+        reasons = "; ".join(sorted({each.reason for each in dropped}))
+        raise UserError(f"{rows.path}: none of its {len(dropped)} rows can be used ({reasons}). Give another file.")
+    return records, dropped
+
+
+def _stream(
+    rows: RowsConfig,
+    formats: tuple[Format[AnyRow], ...],
+    read: Callable[[str, int, int | None], Iterator[Placed]] = read_rows,
+) -> Iterator[AnyRow | Dropped]:
+    """Each row in the format of the first, or set aside with its reason. No id may stand there twice."""
     seen: dict[str, str] = {}
     format: Format[AnyRow] | None = None
     stem = Path(rows.path.partition(":")[0]).stem
@@ -136,15 +163,9 @@ def _read(
                 f"The row has the fields {', '.join(fields) or '(none)'}. Correct it or remove it."
             )
         row = format.read(raw)
-        if isinstance(row, Dropped):
-            dropped.append(row)
-        else:
+        if not isinstance(row, Dropped):
             note_id(seen, row.id, place)
-            records.append(row)
-    if not records:
-        reasons = "; ".join(sorted({each.reason for each in dropped}))
-        raise UserError(f"{rows.path}: none of its {len(dropped)} rows can be used ({reasons}). Give another file.")
-    return records, dropped
+        yield row
 
 
 def _question_formats(hotpotqa_paragraphs: str, *, answered: bool = False) -> tuple[Format[QAExample], ...]:
