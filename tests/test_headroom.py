@@ -44,6 +44,8 @@ def option(name: str) -> ModelConfig:
 QWEN = Job(SFT, option("qwen7b"), 2048, LoraConfig(rank=64, dropout=0.0))
 LIGHT = TrainConfig(batch_size=1, gradient_accumulation=16, gradient_checkpointing=True, optimizer="paged_adamw_8bit")
 ALONE = Surroundings(gpus=1)
+WHOLE = 1 << 20
+"""As max_batch_tokens: batches go through the model whole."""
 
 
 def apply(job: Job, overrides: list[str]) -> Job:
@@ -65,8 +67,12 @@ def apply(job: Job, overrides: list[str]) -> Job:
 @pytest.mark.parametrize(
     "job",
     [
-        replace(QWEN, train=TrainConfig(batch_size=16)),
-        replace(QWEN, model=replace(QWEN.model, quantization=Quantization.none), train=TrainConfig(batch_size=4)),
+        replace(QWEN, train=TrainConfig(batch_size=16, max_batch_tokens=WHOLE)),
+        replace(
+            QWEN,
+            model=replace(QWEN.model, quantization=Quantization.none),
+            train=TrainConfig(batch_size=4, max_batch_tokens=WHOLE),
+        ),
         replace(QWEN, stage=DPO, sequences_per_row=2, longest=8192, train=TrainConfig(batch_size=8)),
         replace(QWEN, stage=REWARD, sequences_per_row=4, longest=2048, train=TrainConfig(batch_size=8)),
         replace(QWEN, stage=SAMPLING, sampling=SamplingConfig(n=8, batch_size=64)),
@@ -86,18 +92,29 @@ def test_what_is_proposed_fits(job: Job) -> None:
 
 
 def test_time_is_given_before_rows() -> None:
-    assert find_remedies(replace(QWEN, train=TrainConfig(batch_size=16)), CARD) == [
+    assert find_remedies(replace(QWEN, train=TrainConfig(batch_size=16, max_batch_tokens=WHOLE)), CARD) == [
         "train.gradient_checkpointing=true",
-        "train.batch_size=8",
-        "train.gradient_accumulation=2",
+        "train.max_batch_tokens=16384",
     ]
     long = find_remedies(replace(QWEN, longest=40_000, train=replace(LIGHT)), CARD)
     assert [each.split("=")[0] for each in long] == ["model.max_length"]
 
 
+def test_parts_of_a_batch_are_what_counts() -> None:
+    job = replace(QWEN, train=TrainConfig(batch_size=16, max_batch_tokens=5000))
+    assert job.sequences == 2
+    assert replace(job, longest=6000).sequences == 1
+    assert replace(job, stage=DPO, sequences_per_row=2).sequences == 32
+    assert replace(job, train=replace(job.train, padding_free=True)).sequences == 16
+
+
 def test_what_a_later_change_makes_needless_is_taken_back() -> None:
     """In 16 bits not even one row fits beside 13 GiB of weights; in 4 bits four do, with the optimizer as it was."""
-    sixteen = replace(QWEN, model=replace(QWEN.model, quantization=Quantization.none), train=TrainConfig(batch_size=4))
+    sixteen = replace(
+        QWEN,
+        model=replace(QWEN.model, quantization=Quantization.none),
+        train=TrainConfig(batch_size=4, max_batch_tokens=WHOLE),
+    )
     assert find_remedies(sixteen, replace(CARD, memory_bytes=14 * GIB)) == [
         "train.gradient_checkpointing=true",
         "model.quantization=nf4",
@@ -110,7 +127,7 @@ def test_what_fits_needs_nothing_and_what_cannot_fit_gets_nothing() -> None:
 
 
 def test_the_largest_length_fits_and_the_next_does_not() -> None:
-    job = replace(QWEN, train=replace(LIGHT, batch_size=8))
+    job = replace(QWEN, train=replace(LIGHT, batch_size=8, max_batch_tokens=WHOLE))
     longest = largest_length(job, CARD)
     assert longest is not None
     assert longest % 64 == 0
@@ -137,8 +154,10 @@ def test_a_job_that_does_not_fit_is_stopped_with_what_to_do(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hardware = HardwareConfig(name="card", memory_gib=12)
-    job = replace(QWEN, train=replace(LIGHT, batch_size=8))
-    with pytest.raises(UserError, match=r"8 sequences of 2048 tokens needs .*card has 12\.0.*train\.batch_size=2"):
+    job = replace(QWEN, train=replace(LIGHT, batch_size=8, max_batch_tokens=WHOLE))
+    with pytest.raises(
+        UserError, match=r"8 sequences of 2048 tokens needs .*card has 12\.0.*train\.max_batch_tokens=4096"
+    ):
         require_memory(job, hardware, artifact(tmp_path))
     monkeypatch.setattr(logging.getLogger("alignkit"), "propagate", True)
     require_memory(job, replace(hardware, enforce=False), artifact(tmp_path))

@@ -46,7 +46,13 @@ def test_qwen_7b_trains_on_24_gb(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_does_not_fit_ends_with_2_and_a_command_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    typed = [*CARD, "lora.rank=64", "train.batch_size=16", "train.gradient_accumulation=1"]
+    typed = [
+        *CARD,
+        "lora.rank=64",
+        "train.batch_size=16",
+        "train.gradient_accumulation=1",
+        "train.max_batch_tokens=65536",
+    ]
     for attempt in range(2):  # never up to date: it tells about a machine
         assert run_command("preflight", [*typed, "stages=sft", "rows=50000"]) == 2, attempt
     assert "sft will not run so" in capsys.readouterr().err

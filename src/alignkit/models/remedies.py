@@ -133,12 +133,15 @@ def _shortened(job: Job, longest: int) -> Job:
 
 
 def _without_needless(job: Job, changed: Job, machine: Machine) -> Job:
-    """Take back what a later change has made needless: the 8-bit optimizer, then halvings of the batch."""
+    """Take back what a later change has made needless: the 8-bit optimizer, smaller parts, halvings of the batch."""
     if job.stage == SAMPLING:
         return changed
     as_before = replace(changed, train=replace(changed.train, optimizer=job.train.optimizer))
     if machine.spare(as_before.memory()) >= 0:
         changed = as_before
+    whole = replace(changed, train=replace(changed.train, max_batch_tokens=job.train.max_batch_tokens))
+    if machine.spare(whole.memory()) >= 0:
+        changed = whole
     size, rows = job.train.batch_size, job.train.batch_size * job.train.gradient_accumulation
     while size > changed.train.batch_size:
         larger = replace(changed.train, batch_size=size, gradient_accumulation=rows // size)
