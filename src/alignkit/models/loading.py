@@ -195,6 +195,7 @@ def check_adapter(adapter: str, model: ModelConfig) -> None:
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).exists():
             raise UserError(f"adapter {folder}: there is no {name}. Give the adapter/ folder of a training stage.")
+    _refuse_damaged(folder)
     config = _read_json(folder / ADAPTER_CONFIG)
     if str(config.get("init_lora_weights")).startswith("pissa"):
         raise UserError(f"adapter {folder} holds PiSSA's directions, which are no longer in the base that it names.")
@@ -297,6 +298,19 @@ def _keep_4bit_weights_trainable(base: torch.nn.Module) -> None:
     for module in base.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def _refuse_damaged(folder: Path) -> None:
+    """Raise `UserError` for weights that are cut short or no safetensors file at all."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{folder / ADAPTER_WEIGHTS}: damaged ({_first_line(error)}). Copy or train it again."
+        ) from error
 
 
 def _refuse_changed_base(folder: Path, model: ModelConfig, base: PreTrainedModel) -> None:
