@@ -87,8 +87,7 @@ def fit(
     sampler = trainer._get_train_sampler()
     assert isinstance(sampler, LengthGroupedSampler)
     steps = planned_steps(sampler, optimizer_steps(len(sampler), train))
-    row_tokens = row_tokens or sampler.lengths
-    tokens = [sum(row_tokens[row] for row in rows) for rows in steps]
+    tokens = [sum((row_tokens or sampler.lengths)[row] for row in rows) for rows in steps]
     if hasattr(trainer, "_total_train_tokens"):
         trainer._total_train_tokens = sum(tokens[:continued_from])  # TRL would begin again at 0
     moved, stop = AdapterMoved(policy, artifact.check), StopAtStepEnd()
