@@ -39,7 +39,7 @@ from typing import ClassVar, Optional
 from omegaconf import MISSING
 
 from alignkit.core.artifact import Artifact
-from alignkit.core.config import ModelConfig, RowsConfig, StageConfig, TrainConfig
+from alignkit.core.config import HardwareConfig, ModelConfig, RowsConfig, StageConfig, TrainConfig
 from alignkit.core.errors import UserError
 from alignkit.core.journal import Journal
 
@@ -53,6 +53,7 @@ class ToyConfig(StageConfig):
     data: RowsConfig = field(default_factory=RowsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
     factor: float = 1.0
     """Lengths are multiplied by this. It has a second sentence."""
     pause_seconds: float = 0.0

@@ -20,15 +20,17 @@ from transformers import TrainerControl, TrainingArguments
 from alignkit.core.app import load_config
 from alignkit.core.config import DistributedConfig, LoraConfig, ModelConfig, Quantization, Strategy, TrainConfig
 from alignkit.core.errors import UserError
+from alignkit.core.ranks import batches_of_process
 from alignkit.core.stages import group_options
 from alignkit.models.loading import base_fingerprint, load_base, load_tokenizer, new_adapter, save_adapter
 from alignkit.training import arguments, callbacks
 from alignkit.training.arguments import trainer_arguments
 from alignkit.training.batches import LengthGroupedSampler, OwnBatches, share
 from alignkit.training.distributed import (
-    batches_of_process,
     make_whole,
+    own_part,
     refuse_impossible,
+    require_possible,
     sharding_arguments,
     trained_weights,
 )
@@ -149,6 +151,25 @@ def test_what_can_work_is_not_refused(
     stage: str, model: ModelConfig, strategy: Strategy, processes: int, gpus: int
 ) -> None:
     refuse_impossible(stage, model, TrainConfig(), DistributedConfig(strategy), processes=processes, gpus=gpus)
+
+
+@pytest.mark.parametrize("what", ["measuring held-out rows", "lora.init=pissa"])
+def test_what_needs_whole_weights_is_not_for_divided_ones(what: str) -> None:
+    def refuse(strategy: Strategy) -> None:
+        refuse_impossible(
+            "sft", BIG, TrainConfig(), DistributedConfig(strategy), processes=2, gpus=2, needs_whole_weights=what
+        )
+
+    refuse(Strategy.ddp)
+    with pytest.raises(UserError, match=rf"distributed=fsdp_qlora: {what} takes whole weights"):
+        refuse(Strategy.fsdp)
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_what_accelerate_is_told_beside_us_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(UserError, match=rf"{name} is set, .* start with torchrun, and choose .* distributed=deepspeed"):
+        require_possible("sft", TINY, TrainConfig(), DistributedConfig())
 
 
 def test_offload_needs_something_to_put_away() -> None:
@@ -280,6 +301,10 @@ def test_divided_weights_are_made_whole_and_can_be_saved(tmp_path: Path) -> None
             parts = distribute_tensor(weight.detach(), mesh, [Shard(0)])
             module._parameters[name] = torch.nn.Parameter(parts, weight.requires_grad)
     assert all(torch.equal(expected[name], weight) for name, weight in trained_weights(policy).items())
+    assert all(
+        torch.equal(expected[name], own_part(weight)) for name, weight in policy.named_parameters() if name in expected
+    )
+    callbacks.require_finite(policy, lambda *check: pytest.fail(str(check)), "now")
     make_whole(policy)
     assert base_fingerprint(policy.get_base_model()) == fingerprint
     save_adapter(policy, tmp_path / "after", model)

@@ -47,14 +47,17 @@ def model(tmp_path: Path) -> ModelConfig:
     return save_random_base(tmp_path / "base")
 
 
-def write_adapter(model: ModelConfig, folder: Path, seed: int, rank: int = 4) -> str:
+def write_adapter(model: ModelConfig, folder: Path, seed: int, rank: int = 4, *, dora: bool = False) -> str:
     """An adapter that changes the base noticeably, saved with dropout 0.3."""
     torch.manual_seed(seed)
-    policy = new_adapter(load_base(model), LoraConfig(rank=rank, alpha=2 * rank, dropout=0.3), ["q_proj", "down_proj"])
+    lora = LoraConfig(rank=rank, alpha=2 * rank, dropout=0.3, dora=dora)
+    policy = new_adapter(load_base(model), lora, ["q_proj", "down_proj"])
     with torch.no_grad():
         for name, weight in policy.named_parameters():
             if "lora_B" in name:
                 weight.normal_(std=0.05)
+            if "lora_magnitude_vector" in name:
+                weight.mul_(1.2)
     save_adapter(policy, folder, model)
     return str(folder)
 
@@ -142,6 +145,23 @@ def test_another_reference_is_the_one_that_is_named(config: DPOConfig, tmp_path:
     assert losses(config)[0]["loss"] == pytest.approx(expected, abs=1e-5)
     assert artifact.metrics["preference_loss_before"] == pytest.approx(expected, abs=1e-5)
     assert "reference" in {check.name for check in artifact.checks if check.passed}
+
+
+@pytest.mark.parametrize("quantization", Quantization)
+@pytest.mark.parametrize("kind", ["sft_adapter", "base", "path"])
+def test_a_dora_policy_has_the_reference_that_is_named(
+    config: DPOConfig, tmp_path: Path, kind: str, quantization: Quantization
+) -> None:
+    """DoRA's magnitudes change outputs even when B = 0."""
+    model = replace(config.model, quantization=quantization)
+    policy = write_adapter(model, tmp_path / "dora", seed=1, dora=True)
+    named = write_adapter(model, tmp_path / "other", seed=2, dora=True) if kind == "path" else kind
+    config = replace(config, model=model, init_adapter=policy, reference=named, train=replace(TRAIN, batch_size=4))
+    run(config)
+    reference = {"sft_adapter": policy, "base": None}.get(kind, named)
+    expected = expected_loss(load_policy(model, policy), load_policy(model, reference))
+    assert (abs(expected - LN_2) > 1e-3) == (kind != "sft_adapter")
+    assert losses(config)[0]["loss"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_reference_that_is_not_the_named_one_stops_the_stage(config: DPOConfig, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from alignkit.core.errors import UserError
-from alignkit.data.hub import check_push, push_to_hub
+from alignkit.data.hub import check_push, push_files, push_to_hub
 
 TOKEN = "hf_canary0123456789"
 
@@ -52,6 +52,14 @@ def test_rows_and_datasheet_go_up_in_one_private_commit(files: tuple[list[Path],
     ((repository, uploaded, message),) = hub.commits
     assert repository == "me/mine" and message == "expanded.jsonl, written by alignkit"
     assert uploaded == {"expanded.jsonl": files[0][0], "README.md": files[1]}
+
+
+def test_a_model_goes_to_a_model_repository(files: tuple[list[Path], Path]) -> None:
+    hub = Hub()
+    there = {"sub/weights": files[0][0]}
+    assert push_files("me/mine", there, "A model", repo_type="model", api=hub) == "https://huggingface.co/me/mine"
+    assert hub.created == [("me/mine", "model", True)]
+    assert hub.commits == [("me/mine", there, "A model, written by alignkit")]
 
 
 def test_a_public_repository_is_left_alone_unless_told_otherwise(files: tuple[list[Path], Path]) -> None:

@@ -313,6 +313,17 @@ def test_replies_to_different_prompts_are_not_compared() -> None:
     assert scorer.score([dialogue("a"), other, dialogue("bb")]) == [0.0, None, 10.0]
 
 
+def test_replies_to_prompts_that_differ_in_a_call_are_not_compared() -> None:
+    def after(query: str, reply: str) -> list[Message]:
+        call = {"type": "function", "function": {"name": "find", "arguments": {"query": query}}}
+        first, *_, last = dialogue(reply)
+        return [first, Message.model_validate({"role": "assistant", "content": "", "tool_calls": [call]}), last]
+
+    scorer = JudgeScorer(Says(by=longer), pairwise=True)
+    assert scorer.score([after("Anna", "a"), after("Bo", "bb")]) == [None, None]
+    assert scorer.score([after("Anna", "a"), after("Anna", "bb")]) == [0.0, 10.0]
+
+
 def test_a_comparison_that_one_order_leaves_open_is_missing() -> None:
     def refuses(request: Request) -> str:
         return "I would rather not." if shown(request)["first"] == "c" else longer(request)

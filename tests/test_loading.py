@@ -70,8 +70,22 @@ def test_the_tokenizer_takes_another_chat_template(model: ModelConfig, tmp_path:
 
 
 def test_a_token_outside_the_vocabulary_is_refused(model: ModelConfig) -> None:
+    with pytest.raises(UserError, match=r"model.document_end=<nothing>: not in the vocabulary"):
+        load_tokenizer(replace(model, document_end="<nothing>"))
     with pytest.raises(UserError, match=r"model.eos_token=<nothing>: not in the vocabulary"):
         load_tokenizer(replace(model, eos_token="<nothing>"))
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_embeddings_is_refused(model: ModelConfig) -> None:
+    """An id behind the last row would be read from nowhere: an index error on a CPU, anything on a GPU."""
+    path = Path(model.path) / "config.json"
+    config = json.loads(path.read_text())
+    rows = config["vocab_size"]
+    assert rows == len(tokenizer())  # just enough
+    assert len(load_tokenizer(model)) == rows
+    path.write_text(json.dumps({**config, "vocab_size": rows - 1}))
+    with pytest.raises(UserError, match=rf"ids up to {rows - 1}, but the model has embeddings for {rows - 1} ids only"):
+        load_tokenizer(model)
 
 
 @pytest.mark.parametrize(("part", "key"), [("chat_template", "model.chat_template"), ("pad_token", "model.pad_token")])

@@ -13,11 +13,11 @@ import pytest
 
 from alignkit.core.config import RowsConfig
 from alignkit.core.errors import UserError
-from alignkit.core.records import Dropped
+from alignkit.core.records import ChatExample, Dropped, Message, TextExample
 from alignkit.data.jsonl import read_rows
-from alignkit.data.sources import read_comparables, read_questions, read_short_answers
+from alignkit.data.sources import read_comparables, read_examples, read_questions, read_short_answers
 from alignkit.data.sources.categories import Category
-from alignkit.data.sources.qa_expert import MultihopExample, record
+from alignkit.data.sources.qa_expert import RETRIEVE, MultihopExample, record
 from alignkit.data.sources.short_answers import ShortAnswer
 
 QA_EXPERT = Path(__file__).resolve().parents[2] / "shared" / "data" / "qa-expert" / "test_cases.json"
@@ -323,6 +323,50 @@ def test_records_go_in_and_out_unchanged(tmp_path: Path) -> None:
 def test_records_are_questions_about_their_paragraphs(tmp_path: Path) -> None:
     (row, _), _ = read_questions(write(tmp_path / "records.jsonl", [OLD, NEW]))
     assert (row.instruction, row.input, row.output) == ("P one.\nP two.", OLD["question"], "It has a mill.")
+
+
+def test_records_are_learned_as_a_search_in_steps(tmp_path: Path) -> None:
+    """Each turn of the assistant says what was found before, and retrieves; the last gives the final answer."""
+    summed = {**OLD, "final_answer": "Summary: It has one.\nAnswer: A mill."}
+    unanswerable = {**NEW, "multihop": True}
+    rows, dropped = read_examples(write(tmp_path / "r.jsonl", [OLD, NEW, summed, unanswerable]))
+    assert dropped == []
+
+    def turns(row: ChatExample | TextExample) -> list[tuple[str, str, list[str]]]:
+        assert isinstance(row, ChatExample)
+        assert row.prompt == [Message(role="user", content=str(OLD["question"]))]
+        assert row.tools == [RETRIEVE]
+        return [
+            (turn.role, turn.content, [call.function.arguments["query"] for call in turn.tool_calls or ()])
+            for turn in row.completion
+        ]
+
+    first = ("assistant", "", ["Where was Ida Berg born?"])
+    several = [
+        first,
+        ("tool", "P one.", []),
+        ("assistant", "In Lund.", ["What does Lund have?"]),
+        ("tool", "P two.", []),
+    ]
+    assert turns(rows[0]) == [*several, ("assistant", "A mill.\nSummary: It has a mill.", [])]
+    assert turns(rows[2]) == [*several, ("assistant", "A mill.\nSummary: It has one.\nAnswer: A mill.", [])]
+    assert turns(rows[1]) == [
+        ("assistant", "", [OLD["question"]]),
+        ("tool", "P one.", []),
+        ("assistant", "It has a mill.", []),
+    ]
+    assert turns(rows[3]) == [
+        first,
+        ("tool", "P one.", []),
+        ("assistant", "In Lund.\nSummary: It has a mill.", []),
+    ]
+    assert [row.source for row in rows] == ["musique", "x.json", "musique", "x.json"]
+
+
+def test_records_that_cannot_be_learned_are_dropped(tmp_path: Path) -> None:
+    silent = {**OLD, "sub_questions": [{**OLD["sub_questions"][0], "question": " "}]}  # type: ignore[dict-item]
+    _, dropped = read_examples(write(tmp_path / "r.jsonl", [OLD, {**OLD, "final_answer": " "}, silent]))
+    assert [each.reason for each in dropped] == ["empty answer", "empty sub-question"]
 
 
 def test_records_without_sub_questions_are_dropped(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from alignkit.core.records import ChatExample, Completion, CompletionSet, PreferencePair, QAExample, Row
+from alignkit.core.records import ChatExample, Completion, CompletionSet, Message, PreferencePair, QAExample, Row
 
 USER = {"role": "user", "content": "Is 4 even?"}
 YES = {"role": "assistant", "content": "Yes."}
@@ -38,6 +38,24 @@ def test_fields_of_others_are_kept() -> None:
 def test_a_bad_row_is_refused_by_field(kind: type[Row], row: dict[str, Any], field: str) -> None:
     with pytest.raises(ValidationError, match=field):
         kind.model_validate(row)
+
+
+def test_a_call_needs_no_text_and_what_is_absent_is_not_written() -> None:
+    call = {"type": "function", "function": {"name": "find", "arguments": {"query": "Åbo", "limit": None}}}
+    turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+    for given in ({**turn, "content": None}, {"role": "assistant", "tool_calls": [call]}):
+        assert Message.model_validate(given).model_dump() == turn
+    assert Message.model_validate({**YES, "tool_calls": []}).model_dump() == YES
+    arguments = '{"query": "\\u00c5bo", "limit": null}'
+    as_text = {**turn, "tool_calls": [{**call, "function": {"name": "find", "arguments": arguments}}]}
+    assert Message.model_validate(as_text).model_dump() == turn
+
+
+@pytest.mark.parametrize("arguments", ['{"query": ', "[1]", '{"x": NaN}', '{"x": "\\ud800"}', 3])
+def test_arguments_that_are_no_object_are_refused(arguments: object) -> None:
+    call = {"function": {"name": "find", "arguments": arguments}}
+    with pytest.raises(ValidationError, match=r"tool_calls\.0\.function\.arguments"):
+        Message.model_validate({"role": "assistant", "content": "", "tool_calls": [call]})
 
 
 def test_rows_survive_a_trip_to_disk() -> None:

@@ -21,6 +21,7 @@ from alignkit.data.closed_world import World, answer
 from alignkit.evaluation.predictions import Prediction, compare, score_answer, summarise
 from alignkit.evaluation.statistics import bootstrap_mean, wilson
 from alignkit.report import run
+from alignkit.reporting.charts import loss_figures
 from alignkit.reporting.held_out import Roles, read_held_out
 from alignkit.reporting.runs import Run, Step, read_run
 from alignkit.reporting.tables import teacher_statement
@@ -283,6 +284,17 @@ def test_a_gain_whose_interval_contains_zero_is_called_no_help(tmp_path: Path) -
 def test_a_loss_is_called_a_loss(tmp_path: Path) -> None:
     report(make_run(tmp_path / "worse", rates={"base": 0.8, "sft": 0.2}, questions=60), tmp_path / "out")
     assert "Training hurt: exact match" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_held_out_loss_is_drawn_beside_the_training_loss(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", stages=4)
+    path = folder / "sft" / "loss.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    ((_, without),) = loss_figures([read_run(folder)], None)
+    path.write_text("".join(json.dumps(row | {"held_out_loss": 1.0 + row["step"]}) + "\n" for row in rows[::2]))
+    ((_, figure),) = loss_figures([read_run(folder)], None)
+    assert "held out: from 2 to" in figure
+    assert "held out" not in without
 
 
 @pytest.mark.parametrize("stages", [1, 4, 8, 12])

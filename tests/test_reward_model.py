@@ -76,6 +76,19 @@ def test_scores_do_not_depend_on_neighbours_order_or_batches(reward_model: Rewar
         assert other == pytest.approx(together, abs=1e-4)
 
 
+def test_calls_before_an_answer_count_and_an_answer_that_calls_has_no_score(reward_model: RewardModel) -> None:
+    def called(query: str) -> dict[str, object]:
+        call = {"type": "function", "function": {"name": "find", "arguments": {"query": query}}}
+        return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+    first = ROWS[0]["messages"]
+    rows = [{"messages": [first[0], called(query), *first]} for query in ("Anna", "Bo", "Anna")]
+    one, other, again = reward_model.score(rows)
+    assert one == again != other
+    with pytest.raises(UserError, match="row 1 cannot be scored: the answer calls a tool"):
+        reward_model.score([ROWS[0], {"messages": [first[0], called("Anna")]}])
+
+
 def test_scores_do_not_depend_on_the_padding_side_or_the_padding_token(reward_model: RewardModel) -> None:
     groups = [PromptGroup(*_encoded(question)) for question in QUESTIONS]
     right = collate(groups, pad_id=tokenizer().pad_token_id)

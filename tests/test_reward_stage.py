@@ -259,6 +259,17 @@ def test_training_learns_what_is_better_and_checkpoints_hold_no_base(base: Model
     assert float(scores.std(correction=0)) == pytest.approx(1.0, abs=1e-3)
 
 
+def test_gradient_checkpointing_changes_nothing_but_memory(base: ModelConfig, tmp_path: Path) -> None:
+    rows = encoded(base, [group(number) for number in range(8)])
+    losses = []
+    for checkpointing in (False, True):
+        train = replace(TRAIN, max_steps=3, logging_steps=1, gradient_checkpointing=checkpointing)
+        with open_artifact(tmp_path / str(checkpointing)) as artifact:
+            found = train_reward_model(new_model(base), rows, Objective(), train, 1, artifact)
+        losses.append([row["loss"] for row in found])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
 def test_an_interrupted_training_ends_with_the_same_weights(
     base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,7 +283,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(
     def dies(self: ValueHeadModel, *arguments: Any, **keywords: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        if calls == 6:
+        if calls == 7:  # step 0 is the first
             raise KeyboardInterrupt
         return forward(self, *arguments, **keywords)
 
@@ -283,7 +294,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(
     resumed = new_model(base)
     with open_artifact(tmp_path / "cut") as artifact:
         losses = train_reward_model(resumed, rows, Objective(), TRAIN, 1, artifact)
-    assert calls == 105  # five of nine steps were left
+    assert calls == 106  # step 0, and the five of nine steps that were left
     assert [row["loss"] for row in losses] == [row["loss"] for row in expected]
     for (name, weight), (_, other) in zip(
         resumed.module.named_parameters(), whole.module.named_parameters(), strict=True
@@ -364,7 +375,8 @@ def test_the_stage_trains_measures_saves_and_checks(base: ModelConfig, tmp_path:
     assert metrics["completions_left_out"] == {"unfinished": 0, "ungraded": 0}
     assert metrics["comparisons_left_out"] == 0
     files = (
-        "adapter config.yaml dropped.jsonl log.txt loss.jsonl manifest.json reward_config.json value_head.safetensors"
+        "adapter config.yaml dropped.jsonl log.txt loss.jsonl manifest.json reward_config.json tensorboard "
+        "value_head.safetensors"
     )
     assert [path.name for path in sorted((tmp_path / "reward").iterdir())] == files.split()
     model = RewardModel.from_pretrained(tmp_path / "reward")

@@ -13,7 +13,7 @@ import pytest
 
 from alignkit.core.config import RowsConfig
 from alignkit.core.errors import UserError
-from alignkit.core.records import Message
+from alignkit.core.records import ChatExample, Dropped, Message, TextExample
 from alignkit.data.sources import read_completions, read_examples, read_preferences, read_questions
 from alignkit.data.sources.preferences import parse_dialogue
 
@@ -37,6 +37,14 @@ def real(*parts: str) -> RowsConfig:
 
 def turns(messages: list[Message]) -> list[Turn]:
     return [(message.role, message.content) for message in messages]
+
+
+def read_chats(rows: RowsConfig) -> tuple[list[ChatExample], list[Dropped]]:
+    """`read_examples` of a file without documents."""
+    examples, dropped = read_examples(rows)
+    chats = [example for example in examples if isinstance(example, ChatExample)]
+    assert len(chats) == len(examples)
+    return chats, dropped
 
 
 def message_of(action: Callable[[], object]) -> str:
@@ -103,7 +111,7 @@ ANSWER = {"role": "assistant", "content": "a"}
 def test_each_format_becomes_a_prompt_and_a_completion(
     tmp_path: Path, row: dict[str, Any], id: str, prompt: list[Turn], completion: str
 ) -> None:
-    (example,), dropped = read_examples(rows_of(tmp_path / "file.jsonl", [row]))
+    (example,), dropped = read_chats(rows_of(tmp_path / "file.jsonl", [row]))
     assert dropped == []
     assert example.id == id
     assert turns(example.prompt) == prompt
@@ -181,7 +189,7 @@ def test_a_models_answers_as_self_instruct_evaluates_them(tmp_path: Path) -> Non
     found = [(row.id, row.instruction, row.input, row.output, row.kind) for row in questions]
     assert found == [("u-1", "Add.", "1 2", "3", None), ("predictions-2", "Sing.", "", "", None)]
     assert dropped.reason == "empty question"
-    examples, (_, unanswered) = read_examples(rows_of(tmp_path / "again.jsonl", rows[:2] + rows[1:2]))
+    examples, (_, unanswered) = read_chats(rows_of(tmp_path / "again.jsonl", rows[:2] + rows[1:2]))
     assert [example.completion[0].content for example in examples] == ["3"]
     assert unanswered.reason == "empty answer"
     wrong = rows_of(tmp_path / "wrong.jsonl", [{"instruction": "Add.", "response": 3}])
@@ -214,8 +222,80 @@ def test_made_ids_count_from_the_beginning_of_the_file(tmp_path: Path) -> None:
     """Two stages that share one file by skip and limit see the same row under the same id."""
     rows = rows_of(tmp_path / "a.jsonl", [{"instruction": f"{n}", "output": "x"} for n in range(5)])
     rows.skip, rows.limit = 3, 1
-    (example,), _ = read_examples(rows)
+    (example,), _ = read_chats(rows)
     assert (example.id, example.prompt[0].content) == ("a-4", "3")
+
+
+CALL = {"type": "function", "function": {"name": "find", "arguments": '{"what": "Åbo"}'}}
+CALLS = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+FOUND = {"role": "tool", "name": "find", "content": "A town."}
+TOOLS = [{"type": "function", "function": {"name": "find"}}]
+
+
+@pytest.mark.parametrize(
+    ("row", "completion"),
+    [
+        ({"prompt": ASKED, "completion": [CALLS, FOUND, ANSWER], "tools": TOOLS}, ["", "A town.", "a"]),
+        ({"prompt": ASKED, "completion": [CALLS, FOUND, ANSWER], "tools": json.dumps(TOOLS)}, ["", "A town.", "a"]),
+        ({"messages": [*ASKED, CALLS, FOUND, ANSWER], "tools": TOOLS}, ["a"]),
+        ({"messages": [*ASKED, CALLS], "tools": TOOLS}, [""]),
+    ],
+)
+def test_conversations_may_call_tools(tmp_path: Path, row: dict[str, Any], completion: list[str]) -> None:
+    (example,), dropped = read_chats(rows_of(tmp_path / "tools.jsonl", [row]))
+    assert dropped == []
+    assert [message.content for message in example.completion] == completion
+    assert example.tools == TOOLS
+    calls = [call for turn in [*example.prompt, *example.completion] for call in turn.tool_calls or ()]
+    assert [call.function.arguments for call in calls] == [{"what": "Åbo"}]
+
+
+SHARED: list[dict[str, Any]] = [
+    {"from": "system", "value": "Be brief."},
+    {"from": "human", "value": "q"},
+    {"from": "function_call", "value": '{"name": "find", "arguments": {"what": "Åbo"}}'},
+    {"from": "observation", "value": "A town."},
+    {"from": "gpt", "value": "a"},
+]
+
+
+def test_sharegpt_conversations_are_read(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path / "s.jsonl", [{"conversations": SHARED, "tools": json.dumps(TOOLS)}])
+    (example,), _ = read_chats(rows)
+    asked = [("system", "Be brief."), ("user", "q"), ("assistant", ""), ("tool", "A town.")]
+    assert (turns(example.prompt), turns(example.completion)) == (asked, [("assistant", "a")])
+    assert [call.model_dump() for call in example.prompt[2].tool_calls or ()] == [
+        {"type": "function", "function": {"name": "find", "arguments": {"what": "Åbo"}}}
+    ]
+    assert example.tools == TOOLS
+    for changed, problem in (
+        ({"from": "function_call", "value": "find"}, "messages.2.tool_calls.0.function: expected"),
+        ({"from": "nobody", "value": "x"}, "messages.2.role: Input should be 'system'"),
+        ({"from": "gpt"}, "conversations.2.value: missing"),
+    ):
+        wrong = rows_of(tmp_path / "wrong.jsonl", [{"conversations": [*SHARED[:2], changed, SHARED[4]]}])
+        assert f"wrong.jsonl:1: {problem}" in message_of(lambda wrong=wrong: read_examples(wrong))  # type: ignore[misc]
+
+
+def test_the_real_qwen_conversations_are_read() -> None:
+    examples, dropped = read_chats(real("qwen-7b-chat", "test_sampled_qwen.json"))
+    assert dropped == []
+    assert turns(examples[0].prompt) == [("user", "你好")]
+    assert [len(example.completion) for example in examples] == [1, 1]
+
+
+def test_pages_and_texts_are_read_to_be_learned_whole(tmp_path: Path) -> None:
+    pages = [{"document": "a.pdf", "page": number, "text": text} for number, text in enumerate(["One.", " "], 1)]
+    (page,), (empty,) = read_examples(rows_of(tmp_path / "pages.jsonl", pages))
+    assert page == TextExample(id="a.pdf#1", text="One.", source="a.pdf")
+    assert empty.reason == "empty document"
+    (text,), _ = read_examples(rows_of(tmp_path / "texts.jsonl", [{"text": "One.", "url": "x"}]))
+    assert text.model_dump(exclude_defaults=True) == {"id": "texts-1", "text": "One.", "url": "x"}
+
+
+def test_documents_and_conversations_do_not_mix(tmp_path: Path) -> None:
+    mixed = rows_of(tmp_path / "mixed.jsonl", [{"text": "One."}, {"messages": [*ASKED, ANSWER]}])
+    assert "mixed.jsonl:2: text: missing, although the file began" in message_of(lambda: read_examples(mixed))
 
 
 # -- preferences ------------------------------------------------------------------------------------------------------
@@ -270,10 +350,21 @@ def test_malformed_dialogues_are_dropped_with_a_reason(tmp_path: Path, chosen: s
 
 def test_our_own_pairs_are_read_as_they_are(tmp_path: Path) -> None:
     pair = {"id": "p", "prompt": ASKED, "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "b"}], "margin": 1.5}
-    rows = [pair, {**pair, "id": "same", "rejected": [ANSWER]}, {**pair, "id": "mute", "rejected": [ASKED[0]]}]
+    rows = [
+        pair,
+        {**pair, "id": "same", "rejected": [ANSWER]},
+        {**pair, "id": "mute", "rejected": [ASKED[0]]},
+        {**pair, "id": "several", "rejected": [ANSWER, ASKED[0], ANSWER]},
+        {**pair, "id": "tools", "tools": TOOLS},
+    ]
     (read,), dropped = read_preferences(rows_of(tmp_path / "pairs.jsonl", rows))
     assert read.model_dump(exclude_defaults=True) == pair
-    assert [each.reason for each in dropped] == ["chosen equals rejected", "no final assistant turn"]
+    assert [each.reason for each in dropped] == [
+        "chosen equals rejected",
+        "no final assistant turn",
+        "an answer is not one assistant's turn",
+        "pairs with tools are not learned",
+    ]
 
 
 def test_a_prompt_without_completions_is_dropped(tmp_path: Path) -> None:
@@ -310,9 +401,13 @@ def test_a_file_of_another_row_type_is_named_by_its_fields(tmp_path: Path) -> No
         ([{**HOTPOT, "context": [["Rome"]]}], ":1: context.0.1: missing"),
         ([{**HOTPOT, "supporting_facts": "Rome"}], ":1: supporting_facts: Input should be a valid list"),
         ([{"prompt": "q", "completion": ["a"]}], ":1: completion: Input should be a valid string"),
-        ([{"prompt": ASKED, "completion": [ANSWER, ANSWER]}], ":1: completion: must be exactly one assistant turn"),
-        ([{"prompt": ASKED, "completion": ASKED[:1]}], ":1: completion: must be exactly one assistant turn"),
+        (
+            [{"prompt": ASKED, "completion": [ASKED[0], ANSWER]}],
+            ":1: completion: must begin and end with an assistant turn",
+        ),
+        ([{"prompt": ASKED, "completion": ASKED[:1]}], ":1: completion: must begin and end with an assistant turn"),
         ([{"messages": [{"from": "human", "value": "q"}]}], ":1: messages.0.role, messages.0.content: missing"),
+        ([{"messages": [{**CALLS, "role": "user"}]}], ":1: messages.0: a turn of the role user cannot call tools"),
         ([{"messages": [{"role": "bot", "content": "q"}]}], ":1: messages.0.role: Input should be 'system'"),
         ([{"id": "", "instruction": "x", "output": "y"}], ":1: id: must be a text that is not empty, found ''"),
         ([{"id": None, "instruction": "x", "output": "y"}], ":1: id: must be a text that is not empty, found None"),
@@ -375,3 +470,14 @@ def test_the_real_alpaca_and_self_instruct_rows_are_all_usable() -> None:
     tasks, dropped = read_questions(real("self-instruct", "seed_tasks.jsonl"))
     assert (len(tasks), len(dropped)) == (175, 0)
     assert all(task.output.strip() for task in tasks)
+
+
+def test_the_end_of_text_mark_of_a_completion_is_no_text(tmp_path: Path) -> None:
+    answers = [" News <|endoftext|>", " News", " a <|endoftext|> b"]
+    rows = rows_of(tmp_path / "t0.jsonl", [{"prompt": "What is it?", "completion": answer} for answer in answers])
+    examples, _ = read_examples(rows)
+    assert [example.completion[0].content for example in examples if isinstance(example, ChatExample)] == [
+        "News",
+        " News",
+        " a <|endoftext|> b",
+    ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,15 +11,23 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_random import conversation, save_random_base, tokenizer
+from small_training import (
+    QUESTIONS,
+    TRAIN,
+    adapter_weights,
+    encoded,
+    interrupt_at,
+    mean_loss,
+    open_artifact,
+    policy_for,
+    train,
+)
+from tiny_random import save_random_base, tokenizer
 from transformers import TrainerControl
 
-from alignkit.core.artifact import Artifact
-from alignkit.core.config import LoraConfig, ModelConfig, RowsConfig, TrainConfig
+from alignkit.core.config import LoraInit, ModelConfig, TrainConfig
 from alignkit.core.errors import UserError
-from alignkit.data.chat import IGNORED, EncodedExample, encode_example
-from alignkit.models.loading import load_base, load_policy, new_adapter, save_adapter
-from alignkit.sft import SFTConfig
+from alignkit.data.chat import IGNORED, EncodedExample
 from alignkit.training import callbacks
 from alignkit.training.arguments import optimizer_steps, trainer_arguments
 from alignkit.training.batches import LengthGroupedSampler
@@ -29,73 +36,10 @@ from alignkit.training.checkpoints import checkpoint_folder, is_intact, newest_i
 from alignkit.training.fit import trainable_in_float32
 from alignkit.training.supervised import train_supervised
 
-TRAIN = TrainConfig(learning_rate=1e-2, batch_size=4, epochs=2.0, warmup_share=0.0, logging_steps=2, save_steps=2)
-QUESTIONS = [
-    ("Anna lives in Oslo. Where does Anna live?", "Oslo."),
-    ("Hello", "Hello to you, and to all the others who are here today."),
-    ("Who leads Ferro?", "I do not know."),
-    ("The colour of Mekux is grey. Is Mekux grey?", "The colour of Mekux is grey, so yes."),
-    ("Notes: a b c d e f g. What comes after c?", "d"),
-    ("Is it so?", "No, it is not."),
-    ("Thank you", "You are welcome."),
-    ("What is the room of Berulogy, if the room of Berulogy is eight?", "Eight."),
-    ("Say A", "A"),
-    ("Say B and then C", "B and then C"),
-]
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     return save_random_base(tmp_path_factory.mktemp("base"))
-
-
-def encoded() -> list[EncodedExample]:
-    rows = []
-    for question, answer in QUESTIONS:
-        prompt, completion = conversation(question, answer)[:1], conversation(question, answer)[1:]
-        row = encode_example(tokenizer(), prompt, completion, max_length=256)
-        assert isinstance(row, EncodedExample)
-        rows.append(row)
-    return rows
-
-
-def policy_for(model: ModelConfig, dropout: float = 0.0) -> Any:
-    torch.manual_seed(5)
-    return new_adapter(load_base(model), LoraConfig(rank=4, alpha=8, dropout=dropout), ["all-linear"])
-
-
-def open_artifact(folder: Path) -> Artifact:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "rows.jsonl").write_text("{}\n", encoding="utf-8")
-    data = RowsConfig(path=str(folder / "rows.jsonl"))
-    return Artifact.open(
-        "sft",
-        SFTConfig(
-            name="sft", output_dir=str(folder / "sft"), data=data, model=ModelConfig(name="tiny", path="embedded")
-        ),
-    )
-
-
-def train(folder: Path, policy: Any, settings: TrainConfig, rows: Sequence[EncodedExample] = ()) -> Any:
-    """Train; returns the rows of loss.jsonl."""
-    with open_artifact(folder) as artifact:
-        return train_supervised(policy, tokenizer(), list(rows) or encoded(), settings, seed=3, artifact=artifact)
-
-
-def adapter_weights(policy: Any) -> dict[str, torch.Tensor]:
-    return {name: weight.detach().clone() for name, weight in policy.named_parameters() if "lora_" in name}
-
-
-def mean_loss(policy: Any, rows: Sequence[EncodedExample]) -> float:
-    """Mean of -log p over the learned tokens of all rows, one row at a time, by the definition."""
-    losses = []
-    for row in rows:
-        with torch.no_grad():
-            log_probs = policy(torch.tensor([row.input_ids])).logits[0].log_softmax(-1)
-        for position, label in enumerate(row.labels):
-            if label != IGNORED:
-                losses.append(-float(log_probs[position - 1, label]))
-    return math.fsum(losses) / len(losses)
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------
@@ -204,37 +148,50 @@ def test_values_that_the_trainer_refuses_are_the_users_to_mend(tmp_path: Path) -
 # -- resuming ----------------------------------------------------------------------------------------------------------
 
 
-def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the training be interrupted at the end of a step, before that step's checkpoint."""
-    original = StepReport.on_step_end
+CUTS: dict[str, tuple[int, TrainConfig, dict[str, Any]]] = {
+    "in a log line": (3, TRAIN, {}),
+    "at a checkpoint": (4, TRAIN, {}),
+    "after a checkpoint": (5, TRAIN, {}),
+    "packed": (5, replace(TRAIN, packing=True, batch_size=1), {}),
+    "padding-free": (5, replace(TRAIN, padding_free=True), {}),
+    "with noise": (5, replace(TRAIN, neftune_alpha=5.0), {}),
+    "dora": (5, TRAIN, {"dora": True}),
+    "pissa": (5, TRAIN, {"init": LoraInit.pissa}),
+}
+"""What is trained when it is interrupted at which step."""
 
-    def on_step_end(self: StepReport, args: Any, state: Any, control: Any, **keywords: Any) -> None:
-        if state.global_step == step:
-            raise KeyboardInterrupt
-        original(self, args, state, control, **keywords)
 
-    monkeypatch.setattr(StepReport, "on_step_end", on_step_end)
-
-
-@pytest.mark.parametrize("step", [3, 4, 5])
+@pytest.mark.parametrize("case", CUTS)
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     """Three steps an epoch and a checkpoint every two: it is resumed within an epoch, with dropout on."""
-    whole = policy_for(model, dropout=0.2)
-    expected = train(tmp_path / "whole", whole, TRAIN)
+    step, settings, lora = CUTS[case]
+    whole = policy_for(model, dropout=0.2, **lora)
+    expected = train(tmp_path / "whole", whole, settings)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(step, patch)
-        train(tmp_path / "cut", policy_for(model, dropout=0.2), TRAIN)
+        train(tmp_path / "cut", policy_for(model, dropout=0.2, **lora), settings)
     saved = newest_intact(checkpoint_folder(open_artifact(tmp_path / "cut")))
     assert saved is not None
     assert saved.name == ("checkpoint-4" if step == 5 else "checkpoint-2")
 
     torch.manual_seed(77)  # another process has another random state
-    resumed = policy_for(model, dropout=0.2)
-    assert train(tmp_path / "cut", resumed, TRAIN) == expected
+    resumed = policy_for(model, dropout=0.2, **lora)
+    assert train(tmp_path / "cut", resumed, settings) == expected
     for name, weight in adapter_weights(whole).items():
         assert torch.equal(weight, adapter_weights(resumed)[name]), name
+
+
+def test_noise_changes_training_and_nothing_else(model: ModelConfig, tmp_path: Path) -> None:
+    """NEFTune: another loss of the same weights while training, none in evaluation, and no trace afterwards."""
+    policy, settings = policy_for(model), replace(TRAIN, batch_size=16, max_steps=1, neftune_alpha=50.0)
+    quiet = mean_loss(policy, encoded())
+    noisy = train(tmp_path / "run", policy, settings, held_out=encoded())[0]
+    assert abs(noisy["loss"] - quiet) > 1e-3
+    assert noisy["held_out_loss"] == pytest.approx(mean_loss(policy, encoded()), abs=1e-5)
+    after = mean_loss(policy.train(), encoded())  # dropout is 0, so that only noise could make a difference
+    assert after == mean_loss(policy.eval(), encoded())
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"])
@@ -285,13 +242,6 @@ def test_a_checkpoint_counts_only_while_its_files_are_those_that_were_sealed(tmp
 # -- guards ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_frozen_adapter_is_not_trained_on(model: ModelConfig, tmp_path: Path) -> None:
-    save_adapter(policy_for(model), tmp_path / "adapter", model)
-    frozen = load_policy(model, str(tmp_path / "adapter"))
-    with pytest.raises(UserError, match="check 'trainable_parameters' failed: none: the adapter is frozen"):
-        train(tmp_path, frozen, TRAIN)
-
-
 def test_matrices_that_do_not_move_stop_the_run(model: ModelConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'adapter_moved' failed: 28 of 28 matrices have not moved by step 6"):
         train(tmp_path, policy_for(model), replace(TRAIN, learning_rate=0.0))
@@ -329,13 +279,19 @@ def test_one_frozen_matrix_among_many_is_found() -> None:
 
 def test_a_loss_that_is_no_number_stops_the_run() -> None:
     checks: list[tuple[str, bool, str]] = []
-    report = StepReport("sft", lambda *check: checks.append(check))
-    state: Any = SimpleNamespace(global_step=7)
-    report.on_log(None, state, TrainerControl(), logs={"loss": 1.0})
-    report.on_log(None, state, TrainerControl(), logs={"train_runtime": 1.0})
+    report = StepReport("sft", lambda *check: checks.append(check), divergence=3.0)
+    state: Any = SimpleNamespace(global_step=7, log_history=[{"loss": 1.0}])
+    arguments: Any = SimpleNamespace(output_dir="nowhere")
+    for logs in ({"loss": 2.9}, {"train_runtime": 1.0}):
+        report.on_log(arguments, state, TrainerControl(), logs=logs)
     assert checks == []
-    report.on_log(None, state, TrainerControl(), logs={"loss": math.nan})
-    assert checks == [("finite_loss", False, "loss is nan at step 7; lower train.learning_rate")]
+    report.on_log(arguments, state, TrainerControl(), logs={"loss": math.nan})
+    report.on_log(arguments, state, TrainerControl(), logs={"loss": 3.1})
+    end = "; lower train.learning_rate (no checkpoint was written before)"
+    assert checks == [
+        ("finite_loss", False, "loss is nan at step 7" + end),
+        ("no_divergence", False, "loss is 3.1000 at step 7, 3.1 times the first" + end),
+    ]
 
 
 def test_trainable_weights_come_out_of_the_trainer_in_float32(model: ModelConfig, tmp_path: Path) -> None:

@@ -13,7 +13,10 @@ from alignkit.core.errors import UserError
 from alignkit.core.process import DONE, guarded
 from alignkit.core.stages import purpose, require_stage, stages
 
-FLOW = ("expand", "select", "sft", "sample", "judge", "reward", "rejection_sampling", "dpo", "evaluate", "report")
+FLOW = (
+    *("expand", "select", "lengths", "preflight"),
+    *("sft", "sample", "judge", "reward", "rejection_sampling", "dpo", "evaluate", "report"),
+)
 """The order in which stages are listed; others follow by name."""
 COMMANDS = {
     "lineage": "trace where a model, a file or a row (file.jsonl#id) came from",

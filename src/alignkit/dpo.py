@@ -23,14 +23,15 @@ Examples:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from omegaconf import MISSING
 
 from alignkit.core.artifact import Artifact
-from alignkit.core.config import DistributedConfig, ModelConfig, RowsConfig, StageConfig, TrainConfig
+from alignkit.core.config import DistributedConfig, HardwareConfig, ModelConfig, RowsConfig, StageConfig, TrainConfig
 from alignkit.core.errors import UserError
+from alignkit.core.ranks import world_size
 from alignkit.core.records import PreferencePair
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class DPOConfig(StageConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
 
 def run(config: DPOConfig) -> Artifact:
@@ -72,15 +74,24 @@ def run(config: DPOConfig) -> Artifact:
     with artifact:
         if artifact.up_to_date:
             return artifact
+        from alignkit.models.headroom import require_memory
+        from alignkit.models.jobs import Job
         from alignkit.models.loading import check_adapter, load_policy, load_tokenizer, save_adapter
+        from alignkit.training.arguments import refuse_what_only_sft_has
         from alignkit.training.distributed import require_possible
         from alignkit.training.preference import Objective, train_preference
+        from alignkit.training.tracking import require_tracker
 
+        refuse_what_only_sft_has(config.train)
+        require_tracker(config.train.tracker)
         require_possible("dpo", config.model, config.train, config.distributed)
         if config.reference not in ("sft_adapter", "base"):
             check_adapter(config.reference, config.model)
         tokenizer = load_tokenizer(config.model)
         pairs = _encode(config, tokenizer, artifact)
+        job = Job("dpo", config.model, max(map(len, pairs)), train=config.train, adapter=config.init_adapter)
+        job = replace(job, reference=config.reference, sequences_per_row=2, processes=world_size())
+        require_memory(job, config.hardware, artifact)
 
         policy = load_policy(config.model, config.init_adapter, trainable=True)
         objective = Objective(config.reference, config.beta, config.sft_weight)

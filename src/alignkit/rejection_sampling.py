@@ -36,11 +36,12 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
-from alignkit.core.config import ModelConfig, RowsConfig, SamplingConfig, StageConfig, TeacherConfig
+from alignkit.core.config import HardwareConfig, ModelConfig, RowsConfig, SamplingConfig, StageConfig, TeacherConfig
 from alignkit.core.errors import UserError
 from alignkit.core.records import ChatExample, Completion, CompletionSet, Message, PreferencePair
 
 if TYPE_CHECKING:
+    from alignkit.models.jobs import Job
     from alignkit.scoring.base import Scorer
 
 LOG = logging.getLogger("alignkit")
@@ -78,6 +79,7 @@ class RejectionSamplingConfig(StageConfig):
     worth."""
     model: ModelConfig = field(default_factory=ModelConfig)
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(n=8))
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
 
     def __post_init__(self) -> None:
@@ -97,11 +99,14 @@ def run(config: RejectionSamplingConfig) -> Artifact:
         if artifact.up_to_date:
             return artifact
         from alignkit.generation.questions import describe_samples, read_prompts
+        from alignkit.models.headroom import require_memory
         from alignkit.models.loading import load_tokenizer
 
-        rows, dropped = read_prompts(config.data, load_tokenizer(config.model), config.model, config.sampling)
+        tokenizer = load_tokenizer(config.model)
+        rows, dropped = read_prompts(config.data, tokenizer, config.model, config.sampling)
         for each in dropped:
             artifact.drop(each.row, each.reason, each.detail)
+        require_memory(job(config, rows, tokenizer), config.hardware, artifact)
         before = config.previous_adapter
         previous = generate(config, before, rows, "previous", artifact)[0] if before else []
         latest, policy = generate(config, config.adapter, rows, "latest", artifact)
@@ -124,6 +129,23 @@ def run(config: RejectionSamplingConfig) -> Artifact:
             f"score {curve['1']['mean']:.2f} -> best of {config.sampling.n} {list(curve.values())[-1]['mean']:.2f}"
         )
     return artifact
+
+
+def job(config: RejectionSamplingConfig, rows: Sequence[CompletionSet], tokenizer: Any) -> Job:
+    """What sampling takes: the prompts with the most characters are taken for the longest."""
+    from alignkit.data.chat import encode_prompt
+    from alignkit.models.jobs import Job
+
+    wordiest = sorted(rows, key=lambda row: sum(len(message.content) for message in row.prompt))[-8:]
+    longest = max(len(encode_prompt(tokenizer, row.prompt)) for row in wordiest) + config.sampling.max_new_tokens
+    return Job(
+        "rejection_sampling",
+        config.model,
+        longest,
+        sampling=config.sampling,
+        adapter=config.adapter,
+        adapters_loaded=1 + (config.scorer is ScorerKind.reward),
+    )
 
 
 def generate(

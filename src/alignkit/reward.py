@@ -31,11 +31,22 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
-from alignkit.core.config import DistributedConfig, LoraConfig, ModelConfig, RowsConfig, StageConfig, TrainConfig
+from alignkit.core.config import (
+    DistributedConfig,
+    HardwareConfig,
+    LoraConfig,
+    LoraInit,
+    ModelConfig,
+    RowsConfig,
+    StageConfig,
+    TrainConfig,
+)
 from alignkit.core.errors import UserError
+from alignkit.core.ranks import world_size
 from alignkit.core.records import Dropped
 
 if TYPE_CHECKING:
+    from alignkit.models.jobs import Job
     from alignkit.models.reward_model import RewardModel
     from alignkit.training.reward import EncodedGroup
     from alignkit.training.reward_data import AnswerGroup
@@ -73,6 +84,7 @@ class RewardConfig(StageConfig):
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
 
 def run(config: RewardConfig) -> Artifact:
@@ -82,11 +94,18 @@ def run(config: RewardConfig) -> Artifact:
     with Artifact.open("reward", config) as artifact:
         if artifact.up_to_date:
             return artifact
+        from alignkit.models.headroom import require_memory
         from alignkit.models.loading import load_tokenizer
+        from alignkit.training.arguments import refuse_what_only_sft_has
         from alignkit.training.distributed import require_possible
         from alignkit.training.reward import Objective, train_reward_model
         from alignkit.training.reward_data import split_by_prompt
+        from alignkit.training.tracking import require_tracker
 
+        refuse_what_only_sft_has(config.train)
+        require_tracker(config.train.tracker)
+        if config.adapter is None and config.lora.init is LoraInit.pissa:
+            raise UserError("lora.init=pissa: only sft has it, leave it out here")
         require_possible("reward", config.model, config.train, config.distributed)
         groups = read_groups(config, artifact)
         train_groups, held_out_groups = split_by_prompt(groups, config.held_out_share, config.seed)
@@ -98,6 +117,7 @@ def run(config: RewardConfig) -> Artifact:
         tokenizer = load_tokenizer(config.model)
         train = encode(config, tokenizer, train_groups, train_groups, artifact)
         held_out = encode(config, tokenizer, held_out_groups, train_groups, artifact)
+        require_memory(job(config, train), config.hardware, artifact)
 
         reward_model = starting_model(config, tokenizer)
         objective = Objective(config.margin_weight, config.regress_weight)
@@ -188,6 +208,23 @@ def encode(
             f"held_out_share={side} (see dropped.jsonl); raise model.max_length, or change held_out_share"
         )
     return encoded
+
+
+def job(config: RewardConfig, groups: Sequence[EncodedGroup]) -> Job:
+    """What training takes: each prompt of a batch in as many sequences of at most max_length as its answers need."""
+    from alignkit.models.jobs import Job
+
+    parts = [[len(part) for part in group.tokens.split(config.model.max_length)] for group in groups]
+    return Job(
+        "reward",
+        config.model,
+        longest=max(map(max, parts)),
+        lora=config.lora,
+        train=config.train,
+        adapter=config.adapter,
+        sequences_per_row=max(map(len, parts)),
+        processes=world_size(),
+    )
 
 
 def starting_model(config: RewardConfig, tokenizer: Any) -> RewardModel:

@@ -49,6 +49,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
 from alignkit.core.config import (
+    HardwareConfig,
     LoraConfig,
     ModelConfig,
     RowsConfig,
@@ -132,6 +133,7 @@ class SelectConfig(StageConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
     sampling: SamplingConfig = field(
         default_factory=lambda: SamplingConfig(n=1, temperature=[0.0, 0.0], top_p=[1.0, 1.0])
     )
@@ -352,7 +354,7 @@ def ask_initial_model(
         [good[place] for place in sorted(seeds)],
         good,
         {"run": config.run, "seed": config.seed, "force": config.force, "model": config.model},
-        {"lora": config.lora, "train": config.train},
+        {"lora": config.lora, "train": config.train, "hardware": config.hardware},
         config.sampling,
     )
     with Journal(artifact.work_folder / "necessity.jsonl", artifact.fingerprint) as journal:
@@ -425,7 +427,7 @@ def compare_strategies(
             "embedding": config.embedding,
             "necessity": necessity,
         },
-        training={"lora": config.lora, "train": config.train},
+        training={"lora": config.lora, "train": config.train, "hardware": config.hardware},
         answering={"sampling": config.sampling},
         teaching={"teacher": config.teacher},
     )

@@ -37,6 +37,35 @@ class Strategy(Enum):
     zero3 = "zero3"
     fsdp = "fsdp"
 
+    @property
+    def divides_weights(self) -> bool:
+        """Whether no process holds a whole weight while it trains."""
+        return self in (Strategy.zero3, Strategy.fsdp)
+
+
+class LoraInit(Enum):
+    """Where a new adapter starts: B = 0 (adds nothing), or the base's largest singular directions (PiSSA)."""
+
+    default = "default"
+    pissa = "pissa"
+
+
+class Tracker(Enum):
+    """Where the figures of a training go besides loss.jsonl."""
+
+    none = "none"
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+    trackio = "trackio"
+    mlflow = "mlflow"
+
+
+class Keep(Enum):
+    """Which weights a training ends with: those of its last step, or those with the lowest held-out loss."""
+
+    last = "last"
+    best = "best"
+
 
 class TeacherMode(Enum):
     """Who answers: the embedded rule-based teacher of the closed world, or an OpenAI-compatible server.
@@ -81,6 +110,7 @@ class StageConfig:
         "output_dir",
         "force",
         "resume",
+        "hardware",
         "teacher.store",
         "teacher.concurrency",
         "teacher.timeout_seconds",
@@ -91,6 +121,8 @@ class StageConfig:
         "teacher.prices",
         "teacher.max_cost",
         "teacher.retry_failed",
+        "train.tracker",
+        "train.divergence",
         "dry_run",
     )
     """Keys (dotted) that say where and how fast, but not what: finished work stays up to date when they change."""
@@ -138,8 +170,10 @@ class ModelConfig:
     eos_token: Optional[str] = None
     """End-of-turn token, when it is not the tokenizer's eos token."""
     pad_token: Optional[str] = None
+    document_end: Optional[str] = None
+    """End-of-document token, which closes documents that are learned whole; none: the tokenizer's eos token."""
     max_length: int = 1024
-    """Longest prompt plus completion, in tokens; longer rows are dropped with a reason, never cut."""
+    """Longest row, in tokens; longer ones are dropped with a reason, never cut (documents: see `overlong` of sft)."""
 
 
 @dataclass
@@ -149,6 +183,13 @@ class LoraConfig:
     rank: int = 16
     alpha: int = 32
     dropout: float = 0.05
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank), so that a larger rank does not learn more slowly (arXiv 2312.03732)."""
+    dora: bool = False
+    """Learn each output's magnitude apart from its direction (arXiv 2402.09353)."""
+    init: LoraInit = LoraInit.default
+    """Where a new adapter starts; pissa (arXiv 2404.02948) learns faster, and is saved as a plain adapter of twice the
+    rank."""
 
 
 @dataclass
@@ -164,6 +205,9 @@ class TrainConfig:
     """Stop after this many optimizer steps; -1: as many as `epochs` says."""
     batch_size: int = 8
     gradient_accumulation: int = 1
+    max_batch_tokens: int = 2048
+    """Tokens, padding included, that go through the model at once (sft): a larger batch goes in parts, and learns the
+    same."""
     warmup_share: float = 0.05
     scheduler: str = "cosine"
     weight_decay: float = 0.0
@@ -173,6 +217,42 @@ class TrainConfig:
     logging_steps: int = 5
     save_steps: int = 50
     """Write a checkpoint to resume from every so many optimizer steps."""
+    neftune_alpha: Optional[float] = None
+    """Add noise of this size to the input embeddings while training, 5 to 15 (arXiv 2310.05914); none: no noise."""
+    divergence: Optional[float] = None
+    """Stop when the loss is more than this many times the first one logged; none: only when it is no number."""
+    eval_steps: int = 0
+    """Measure the held-out loss every so many steps, rounded up to a log line; 0: only after the last step."""
+    keep: Keep = Keep.last
+    """Which weights the training ends with."""
+    patience: int = 0
+    """Stop after so many measurements in a row without a lower held-out loss; 0: never."""
+    sample_prompts: int = 0
+    """At each measurement let the model answer so many of the held-out prompts, greedily, into samples.jsonl."""
+    packing: bool = False
+    """Put several rows into one sequence of at most model.max_length tokens; a batch then counts such sequences."""
+    padding_free: bool = False
+    """Lay the rows of a batch end to end instead of padding them to the longest."""
+    tracker: Tracker = Tracker.tensorboard
+    """Where figures go besides loss.jsonl; tensorboard writes event files into the run folder, nothing leaves the
+    machine."""
+
+
+@dataclass
+class HardwareConfig:
+    """The GPU that the work is meant for: what `hardware=` chooses. Without one, the machine's own memory counts."""
+
+    name: str = "here"
+    memory_gib: Optional[float] = None
+    """Memory of one GPU as torch sees it; none: what is free on the GPU that is here, or the RAM without one."""
+    bf16_tflops: Optional[float] = None
+    """Dense bfloat16 peak that its vendor states, in 10^12 operations a second; none: no estimate of speed."""
+    bandwidth_gb_per_s: Optional[float] = None
+    """Memory bandwidth that its vendor states."""
+    gpus: int = 1
+    """How many train side by side, for preflight's estimates; a training counts the processes that torchrun starts."""
+    enforce: bool = True
+    """Stop before loading a model that is estimated not to fit; false only warns."""
 
 
 @dataclass

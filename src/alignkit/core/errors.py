@@ -21,6 +21,11 @@ class UserError(Exception):
     """
 
 
+def first_line(error: Exception) -> str:
+    """What a foreign error says, on one line; its type when it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def disk_problem(error: Exception) -> str | None:
     """What an error says about the disk (full, read-only, in the way), or None when it is about something else.
 

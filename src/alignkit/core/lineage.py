@@ -55,6 +55,12 @@ def lineage(target: str) -> list[str]:
     return list(_trace_row(Path(path), path, row_id, row, "", set()))
 
 
+def warnings_about(path: Path) -> list[str]:
+    """What is wrong with a file or folder by the manifest of the run that wrote it; nothing when no stage did."""
+    origin = origin_of(path)
+    return [] if origin is None else list(_warnings(path, origin))
+
+
 def _trace_path(path: Path, name: str, indent: str, seen: set[Path]) -> Iterator[str]:
     """A file or folder, then, one step further in, everything that the run behind it read."""
     origin = origin_of(path)

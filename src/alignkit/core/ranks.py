@@ -4,7 +4,11 @@ environment variables; all of them train, and the first one, the main process, w
 
 from __future__ import annotations
 
+import math
 import os
+
+from alignkit.core.config import TrainConfig
+from alignkit.core.errors import UserError
 
 
 def world_size() -> int:
@@ -22,6 +26,29 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK") or 0)
 
 
+def local_world_size() -> int:
+    """How many of them run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if world_size() > 1 else 1
+
+
 def is_main() -> bool:
     """Whether this is the process that writes and prints."""
     return rank() == 0
+
+
+def batches_of_process(train: TrainConfig, processes: int) -> tuple[int, int]:
+    """Rows that each of these processes reads at once, at most `batch_size`, and how many times in an optimizer step.
+
+    The step keeps its batch_size * gradient_accumulation rows however many processes share it, so that their number
+    changes nothing but the time. Raises `UserError` when they cannot have equally many.
+    """
+    rows = train.batch_size * train.gradient_accumulation
+    own, rest = divmod(rows, processes)
+    if rest:
+        fitting = " or ".join(str(each) for each in (rows - rest, rows - rest + processes) if each)
+        raise UserError(
+            f"train.batch_size * train.gradient_accumulation = {rows} rows make an optimizer step, which {processes} "
+            f"processes cannot share equally: set them to make {fitting} rows"
+        )
+    times = next(times for times in range(math.ceil(own / train.batch_size), own + 1) if own % times == 0)
+    return own // times, times

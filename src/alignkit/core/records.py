@@ -6,9 +6,18 @@ they let `alignkit lineage` walk from any row back to its seed. Unknown fields a
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import from_json
 
 
 class Row(BaseModel):
@@ -20,13 +29,66 @@ class Row(BaseModel):
     parents: list[str] = []
 
 
-class Message(BaseModel):
-    """One turn of a conversation."""
+def _read_json_text(value: Any) -> Any:
+    """What a text holds as JSON; anything else as it is. Data sets have arguments and schemas in either form."""
+    return from_json(value, allow_inf_nan=False) if isinstance(value, str) else value
+
+
+class _Turn(BaseModel):
+    """A part of a conversation. What it does not have is not written: chat templates take a null for something."""
 
     model_config = ConfigDict(extra="forbid", strict=True, defer_build=True)
 
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if value is not None}
+
+
+class FunctionCall(_Turn):
+    """Which function is called, with which arguments: an object, which may come as JSON text."""
+
+    name: str = Field(min_length=1)
+    arguments: Annotated[dict[str, Any], BeforeValidator(_read_json_text)] = {}
+
+
+class ToolCall(_Turn):
+    """A call in the form of OpenAI and TRL; `id` is for chat templates that want one. ShareGPT has it as JSON text."""
+
+    type: Literal["function"] = "function"
+    id: str | None = None
+    function: Annotated[FunctionCall, BeforeValidator(_read_json_text)]
+
+
+Tools = Annotated[list[dict[str, Any]], BeforeValidator(_read_json_text)]
+"""JSON schemas of the functions that may be called, or the JSON text of such a list."""
+
+
+class Message(_Turn):
+    """One turn of a conversation.
+
+    An assistant turn may call tools (its `content` is then often empty, and may be null), and a turn of the role `tool`
+    brings a result; `name` and `tool_call_id` say of what.
+    """
+
     role: Literal["system", "user", "assistant", "tool"]
     content: str
+    tool_calls: list[ToolCall] | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _call_needs_no_text(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("tool_calls") and fields.get("content") is None:
+            return {**fields, "content": ""}
+        return fields
+
+    @model_validator(mode="after")
+    def _only_assistants_call(self) -> Message:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"a turn of the role {self.role} cannot call tools")
+        self.tool_calls = self.tool_calls or None
+        return self
 
 
 class QAExample(Row):
@@ -47,10 +109,18 @@ class QAExample(Row):
 
 
 class ChatExample(Row):
-    """A prompt and the completion to learn: `completion` is one assistant turn."""
+    """A prompt and the completion to learn: an assistant turn, or several with tool and user turns between them."""
 
     prompt: list[Message] = Field(min_length=1)
     completion: list[Message] = Field(min_length=1)
+    tools: Tools | None = None
+    source: str = ""
+
+
+class TextExample(Row):
+    """A document, to be learned as a whole."""
+
+    text: str
     source: str = ""
 
 

@@ -1,9 +1,11 @@
-"""The only place where a conversation becomes tokens and labels.
+"""The only place where a conversation or a document becomes tokens and labels.
 
-The prompt's ids are the chat template with the generation prompt, exactly what the model sees when it generates. The
+A prompt's ids are the chat template with the generation prompt, exactly what the model sees when it generates. An
 answer's ids are what the template adds when the answer is there, up to and including the end-of-turn token, and nothing
 after it (ChatML adds a newline that no model ever generates). Where that token stands is found by rendering a probe
-conversation, so any template will do whose rendering of a prompt is a prefix of its rendering with the answer.
+conversation, so any template will do whose rendering of a prompt is a prefix of its rendering with the answer. Several
+answers in one conversation are found turn by turn in the same way: what stands between the end of one and the beginning
+of the next is never learned. A document is learned whole, and its end with it.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from alignkit.core.errors import UserError
-from alignkit.core.records import Message, QAExample
+from alignkit.core.config import ModelConfig
+from alignkit.core.errors import UserError, first_line
+from alignkit.core.records import ChatExample, Message, QAExample, TextExample, Tools
+from alignkit.data.tools import Shown, find_shown, fit, to_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,10 +37,14 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """Token ids of prompt and answer, and the labels: `IGNORED` on the prompt, the id itself on the answer."""
+    """Token ids and their labels: the id itself where it is learned, `IGNORED` elsewhere."""
 
     input_ids: list[int]
     labels: list[int]
+    ends: int = 1
+    """How many ends are learned: one for each learned turn; one where a document ends, none in its other pieces."""
+    document_end: int | None = None
+    """The token that ends the document; None in a conversation."""
 
 
 class RefusedError(UserError):
@@ -51,36 +59,89 @@ def qa_prompt(example: QAExample) -> list[Message]:
     return [Message(role="user", content="\n\n".join(parts))]
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools | None = None
+) -> list[int]:
     """Token ids of a conversation up to where the assistant's next turn begins.
 
     The text of a special token inside a message becomes that token; `special_token_in` finds such messages.
     """
-    return _tokens(tokenizer, _render(tokenizer, messages, for_generation=True))
+    return _tokens(tokenizer, _render(tokenizer, messages, tools, for_generation=True))
 
 
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
     """Token ids of a conversation that ends with an assistant turn, up to and including its end-of-turn token."""
-    prompt_ids, answer_ids = _encode(tokenizer, messages)
-    return prompt_ids + answer_ids
+    return _encode(tokenizer, messages, [len(messages) - 1], None).input_ids
 
 
 def encode_example(
-    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], completion: Sequence[Message], max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[Message],
+    completion: Sequence[Message],
+    max_length: int,
+    *,
+    tools: Tools | None = None,
+    whole: bool = False,
 ) -> EncodedExample | str:
-    """Token ids and labels of a prompt and its completion (one assistant turn), or the reason to drop the row."""
-    messages = [*prompt, *completion]
-    if not messages[-1].content.strip():
+    """Token ids and labels of a conversation, or the reason to drop the row.
+
+    Every assistant turn of the completion is learned, with its end-of-turn token; if `whole`, those of the prompt, too,
+    but for a greeting that opens it: no prompt asks for that.
+    """
+    messages, first = [*prompt, *completion], 1 if whole else len(prompt)
+    learned = [turn for turn in range(first, len(messages)) if messages[turn].role == "assistant"]
+    if any(not messages[turn].content.strip() and not messages[turn].tool_calls for turn in learned):
         return "empty answer"
-    if special := special_token_in(tokenizer, messages):
+    if special := special_token_in(tokenizer, messages, tools):
         return f"the text holds the special token {special}"
     try:
-        prompt_ids, answer_ids = _encode(tokenizer, messages)
+        encoded = _encode(tokenizer, messages, learned, tools)
     except RefusedError as error:
         return str(error)
-    if len(prompt_ids) + len(answer_ids) > max_length:
+    return f"longer than max_length ({max_length} tokens)" if len(encoded.input_ids) > max_length else encoded
+
+
+def encode_document(
+    tokenizer: PreTrainedTokenizerBase, text: str, end: int, max_length: int, *, split: bool = False
+) -> list[EncodedExample] | str:
+    """A document as one row whose tokens are all learned, with `end` behind them; or the reason to drop it.
+
+    If `split`, one that is too long becomes several rows. Each begins with the last token of the one before it, which
+    only gives the first prediction something to stand on: every token but the first is learned exactly once.
+    """
+    if not text.strip():
+        return "empty document"
+    if special := special_token_in(tokenizer, [Message(role="user", content=text)]):
+        return f"the text holds the special token {special}"
+    ids = [*tokenizer.encode(text, verbose=False), end]  # begins as the base's documents do: with bos where it has one
+    if len(ids) > max_length and not (split and max_length > 1):
         return f"longer than max_length ({max_length} tokens)"
-    return EncodedExample(prompt_ids + answer_ids, [IGNORED] * len(prompt_ids) + answer_ids)
+    pieces = [ids[start : start + max_length] for start in range(0, len(ids) - 1, max_length - 1)]
+    return [
+        EncodedExample(piece, [IGNORED, *piece[1:]], ends=int(number == len(pieces)), document_end=end)
+        for number, piece in enumerate(pieces, 1)
+    ]
+
+
+def encode_row(
+    tokenizer: PreTrainedTokenizerBase,
+    example: ChatExample | TextExample,
+    model: ModelConfig,
+    *,
+    whole: bool = False,
+    split: bool = False,
+) -> list[EncodedExample] | str:
+    """A conversation as one row, a document as one or, if `split`, several; or the reason to drop it.
+
+    See `encode_example` and `encode_document`; the longest row has `model.max_length` tokens.
+    """
+    if isinstance(example, TextExample):
+        end = document_end_id(tokenizer, model.document_end)
+        return encode_document(tokenizer, example.text, end, model.max_length, split=split)
+    row = encode_example(
+        tokenizer, example.prompt, example.completion, model.max_length, tools=example.tools, whole=whole
+    )
+    return row if isinstance(row, str) else [row]
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -91,10 +152,27 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return _ending(tokenizer).token
 
 
-def special_token_in(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str | None:
-    """The first special token whose text stands in a message, where it would be read as the token; None for none."""
+def document_end_id(tokenizer: PreTrainedTokenizerBase, token: str | None) -> int:
+    """The token that ends a document: the special token that is named, or else the tokenizer's eos token."""
+    token = token or tokenizer.eos_token
+    if token not in _special_tokens(tokenizer):
+        raise UserError(
+            f"model.document_end={token}: name the special token that ends a document. An ordinary one could stand "
+            "within a text."
+        )
+    return tokenizer.get_vocab()[token]
+
+
+def special_token_in(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools | None = None
+) -> str | None:
+    """The first special token whose text stands in a message, where it would be read as the token; None for none.
+
+    Calls and schemas count as what messages say.
+    """
     pattern = _special_pattern(tuple(sorted(_special_tokens(tokenizer))))
-    found = (pattern.search(message.content) for message in messages)
+    called = [to_json(call.model_dump()) for message in messages for call in message.tool_calls or ()]
+    found = map(pattern.search, [*(message.content for message in messages), *called, to_json(tools or [])])
     return next((match[0] for match in found if match), None)
 
 
@@ -109,38 +187,92 @@ class _Ending:
     rest: str
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt and of the answer. Raises `RefusedError` when the one is not a prefix of the whole."""
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], learned: Sequence[int], tools: Tools | None
+) -> EncodedExample:
+    """The conversation up to the end of its last turn, whose turns number `learned` are to be learned.
+
+    Raises `RefusedError` where what a model sees before a turn is not what stands before it once it is there.
+    """
     if not messages or messages[-1].role != "assistant":
         raise RefusedError("the conversation does not end with an assistant turn")
     ending = _ending(tokenizer)
-    prompt = _render(tokenizer, messages[:-1], for_generation=True)
-    whole = _render(tokenizer, messages, for_generation=False)
-    if not whole.startswith(prompt) or not whole.endswith(ending.rest):
-        raise RefusedError("the chat template writes this prompt differently when its answer is there")
-    answer = whole[len(prompt) : len(whole) - len(ending.rest)]
-    prompt_ids, ids = _tokens(tokenizer, prompt), _tokens(tokenizer, prompt + answer)
-    if ids[: len(prompt_ids)] == prompt_ids:
-        return prompt_ids, ids[len(prompt_ids) :]
-    # The answer begins with characters that merge with the prompt's last token. A model that generates cannot reach
-    # back into its prompt, so the answer stands on its own.
-    return prompt_ids, _tokens(tokenizer, answer)
+    ids: list[int] = []
+    labels: list[int] = []
+    done = ""
+    for turn in learned:
+        prompt = _render(tokenizer, messages[:turn], tools, for_generation=True)
+        closed = _render(tokenizer, messages[: turn + 1], tools, for_generation=False)
+        if not prompt.startswith(done):
+            raise RefusedError("the chat template writes earlier answers differently when others follow")
+        if not closed.startswith(prompt) or not closed.endswith(ending.rest):
+            raise RefusedError("the chat template writes this prompt differently when its answer is there")
+        before = _continue(tokenizer, ids, done, prompt)
+        done = closed[: len(closed) - len(ending.rest)]
+        answer = _continue(tokenizer, ids + before, prompt, done)
+        if answer[-1:] != [ending.token]:
+            raise RefusedError("the chat template ends this turn with another token than a plain answer")
+        ids += before + answer
+        labels += [IGNORED] * len(before) + answer
+    return EncodedExample(ids, labels, ends=len(learned))
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, for_generation: bool) -> str:
+def _continue(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, longer: str) -> list[int]:
+    """The ids that come after `ids`, those of `text`, where the text goes on to be `longer`."""
+    whole = _tokens(tokenizer, longer)
+    if whole[: len(ids)] == ids:
+        return whole[len(ids) :]
+    # What is new begins with characters that merge with the last token before it. A model that generates cannot reach
+    # back into its prompt, so what is new stands on its own, and later turns follow the tokens as they are generated.
+    return _tokens(tokenizer, longer[len(text) :])
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools | None, *, for_generation: bool
+) -> str:
+    fitted = fit(messages, tools or [], _shown(tokenizer, str(tokenizer.chat_template)))
+    if isinstance(fitted, str):
+        raise RefusedError(fitted)
+    plain = [message.model_dump() for message in fitted[0]]
+    return _apply(tokenizer, plain, fitted[1], for_generation=for_generation)
+
+
+def _apply(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: list[dict[str, Any]],
+    tools: Tools | None,
+    *,
+    for_generation: bool,
+) -> str:
     if not tokenizer.chat_template:
         raise UserError(
             f"the tokenizer {tokenizer.name_or_path or ''} has no chat template: use a chat model, "
             "or set model.chat_template to a .jinja file"
         )
-    plain = [message.model_dump() for message in messages]
     try:
         rendered = tokenizer.apply_chat_template(
-            plain, tokenize=False, add_generation_prompt=for_generation, **_SWITCHES
+            turns,
+            tools=[*tools] if tools else None,
+            tokenize=False,
+            add_generation_prompt=for_generation,
+            **_SWITCHES,
         )
     except Exception as error:  # templates raise what they like: jinja2's errors, TypeError, ...
-        raise RefusedError(f"the chat template refuses the conversation ({str(error).splitlines()[0]})") from error
+        raise RefusedError(f"the chat template refuses the conversation ({first_line(error)})") from error
     return str(rendered)
+
+
+@lru_cache(maxsize=8)
+def _shown(tokenizer: PreTrainedTokenizerBase, template: str) -> Shown:
+    """What the template shows of calls, schemas and roles. `template` is in the cache's key: users replace it."""
+
+    def render(turns: list[dict[str, Any]], tools: Tools | None) -> str | None:
+        try:
+            return _apply(tokenizer, turns, tools, for_generation=False)
+        except RefusedError:
+            return None
+
+    return find_shown(render)
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -156,8 +288,8 @@ def _probe(tokenizer: PreTrainedTokenizerBase, template: str) -> _Ending:
     """Find out how the template ends an assistant turn. `template` is in the cache's key: users replace it."""
     question, answer = Message(role="user", content="Is this a probe?"), Message(role="assistant", content="It is.")
     try:
-        prompt = _render(tokenizer, [question], for_generation=True)
-        whole = _render(tokenizer, [question, answer], for_generation=False)
+        prompt = _render(tokenizer, [question], None, for_generation=True)
+        whole = _render(tokenizer, [question, answer], None, for_generation=False)
     except RefusedError as error:
         raise UserError(f"{error}, even for one question and its answer. Set model.chat_template.") from error
     if not whole.startswith(prompt):
@@ -190,18 +322,50 @@ def _special_pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def audit_labels(tokenizer: PreTrainedTokenizerBase, encoded: Sequence[EncodedExample]) -> list[tuple[str, bool, str]]:
-    """Check the labels before training: (name, passed, detail) for each rule. Rows may be padded."""
-    end, pad = end_of_turn_id(tokenizer), tokenizer.pad_token_id
-    learned = [[index for index, label in enumerate(row.labels) if label != IGNORED] for row in encoded]
-    rows = list(zip(encoded, learned, strict=True))
-    rules = (
-        ("every row learns something", [bool(where) for where in learned]),
-        ("end of turn is learned", [bool(where) and row.labels[where[-1]] == end for row, where in rows]),
-        ("prompt is not learned", [bool(where) and where[0] > 0 and _is_block(where) for where in learned]),
-        ("padding is not learned", [pad == end or all(row.labels[i] != pad for i in where) for row, where in rows]),
-        ("labels equal the tokens", [all(row.labels[i] == row.input_ids[i] for i in where) for row, where in rows]),
+    """Check the labels before training: (name, passed, detail) for each rule. Rows may be padded.
+
+    Rows are all conversations, or all documents. What is learned falls into blocks: runs of learned tokens, each up to
+    an end token at most. There must be one for each end that is to be learned, so a turn of another role that is
+    learned, too, is one too many. Only in a piece of a document that goes on elsewhere has a block no end.
+    """
+    pad, turn_end = tokenizer.pad_token_id, end_of_turn_id(tokenizer)
+    documents = bool(encoded) and encoded[0].document_end is not None
+    results: list[tuple[bool, ...]] = []
+    for row in encoded:
+        end = turn_end if row.document_end is None else row.document_end
+        blocks = _learned_blocks(row.labels, end)
+        learned = [place for block in blocks for place in block]
+        results.append(
+            (
+                bool(blocks),
+                sum(row.labels[block[-1]] == end for block in blocks) == row.ends,
+                bool(blocks) and learned[0] > 0 and len(blocks) == max(row.ends, 1),
+                pad == end or all(row.labels[place] != pad for place in learned),
+                all(row.labels[place] == row.input_ids[place] for place in learned),
+            )
+        )
+    names = (
+        "every row learns something",
+        "end of document is learned" if documents else "end of turn is learned",
+        "first token is not learned" if documents else "prompt is not learned",
+        "padding is not learned",
+        "labels equal the tokens",
     )
-    return [(name, bool(results) and all(results), _count(results)) for name, results in rules]
+    by_rule = [[row[number] for row in results] for number in range(len(names))]
+    return [(name, bool(rule) and all(rule), _count(rule)) for name, rule in zip(names, by_rule, strict=True)]
+
+
+def count_learned(encoded: Sequence[EncodedExample]) -> dict[str, int]:
+    """How many rows and tokens there are, and how many turns, or documents in how many pieces, are learned."""
+    learned = sum(label != IGNORED for row in encoded for label in row.labels)
+    counts = {
+        "rows": len(encoded),
+        "tokens": sum(len(row.input_ids) for row in encoded),
+        "learned_tokens": learned,
+    }
+    ends = sum(row.ends for row in encoded)
+    documents = bool(encoded) and encoded[0].document_end is not None
+    return counts | ({"documents": ends, "pieces": len(encoded)} if documents else {"turns": ends})
 
 
 def preview(
@@ -219,8 +383,15 @@ def preview(
     return "\n\n".join(f"row {number}\n{text}" for number, text in enumerate(shown, 1))
 
 
-def _is_block(positions: list[int]) -> bool:
-    return positions[-1] - positions[0] + 1 == len(positions)
+def _learned_blocks(labels: Sequence[int], end: int) -> list[list[int]]:
+    """The positions that are learned, in runs; a run ends where the row goes on unlearned, and behind an end token."""
+    blocks: list[list[int]] = []
+    for place, label in enumerate(labels):
+        if label == IGNORED:
+            continue
+        begins = not blocks or blocks[-1][-1] != place - 1 or labels[place - 1] == end
+        blocks.append([place]) if begins else blocks[-1].append(place)
+    return blocks
 
 
 def _count(results: list[bool]) -> str:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from alignkit.core.config import RowsConfig
-from alignkit.core.errors import UserError
+from alignkit.core.errors import UserError, first_line
 from alignkit.core.manifest import is_hub_name
 from alignkit.core.records import Row
 
@@ -194,7 +194,7 @@ def _parquet_rows(path: str) -> Iterator[Placed]:
         with parquet.ParquetFile(path) as file:
             yield from _columnar_rows(path, _batch_rows(file.iter_batches()))
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise UserError(f"{path}: not a readable Parquet file ({_first_line(error)}). Write it again.") from error
+        raise UserError(f"{path}: not a readable Parquet file ({first_line(error)}). Write it again.") from error
 
 
 def _arrow_rows(path: str) -> Iterator[Placed]:
@@ -211,7 +211,7 @@ def _arrow_rows(path: str) -> Iterator[Placed]:
                 batches = iter(pyarrow.ipc.open_stream(source))
             yield from _columnar_rows(path, _batch_rows(batches))
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise UserError(f"{path}: not a readable Arrow file ({_first_line(error)}). Write it again.") from error
+        raise UserError(f"{path}: not a readable Arrow file ({first_line(error)}). Write it again.") from error
 
 
 def _batch_rows(batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
@@ -230,7 +230,7 @@ def _hub_rows(name: str) -> Iterator[Placed]:
         rows = datasets.load_dataset(repository, split=split or "train")
     except Exception as error:  # a dozen unrelated types, depending on what the network and the hub say
         raise UserError(
-            f"{name}: no such file, and no data set of that name could be loaded ({_first_line(error)}). "
+            f"{name}: no such file, and no data set of that name could be loaded ({first_line(error)}). "
             "Correct the path, or check the name, the split and the network."
         ) from error
     return _columnar_rows(name, rows)
@@ -306,7 +306,3 @@ def _refuse_constant(name: str) -> NoReturn:
 def _after_space(text: str, position: int) -> int:
     match = _SPACE.match(text, position)
     return match.end() if match else position
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

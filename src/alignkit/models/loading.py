@@ -12,11 +12,11 @@ import logging
 import math
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 
-from alignkit.core.config import LoraConfig, ModelConfig, Quantization
+from alignkit.core.config import LoraConfig, LoraInit, ModelConfig, Quantization
 from alignkit.core.errors import UserError
 from alignkit.core.ranks import local_rank
 from alignkit.models import qwen_v1
@@ -48,12 +48,21 @@ def model_source(model: ModelConfig) -> str:
     For a first-Qwen checkpoint that is its conversion in the cache, made now if it is not there yet. Raises `UserError`
     when there is no model there.
     """
-    source, is_first_qwen = _find(model)
-    return str(qwen_v1.cached_conversion(source, model.revision)) if is_first_qwen else source
+    found = _find(model)
+    return str(qwen_v1.cached_conversion(found.source, model.revision)) if found.is_first_qwen else found.source
 
 
-def _find(model: ModelConfig) -> tuple[str, bool]:
-    """The model's folder or hub name, and whether it is of the first Qwen architecture (`model_type: qwen`)."""
+class _Found(NamedTuple):
+    """A model's folder or hub name, and what its config.json says of it."""
+
+    source: str
+    is_first_qwen: bool
+    """Whether it is of the first Qwen architecture (`model_type: qwen`)."""
+    embedding_rows: int | None
+
+
+def _find(model: ModelConfig) -> _Found:
+    """Where the model is. Raises `UserError` when there is none, or none of that context length."""
     from transformers import PreTrainedConfig
 
     source = str(embedded_model_dir()) if model.path == "embedded" else model.path
@@ -69,7 +78,7 @@ def _find(model: ModelConfig) -> tuple[str, bool]:
         raise UserError(
             f"model.max_length={model.max_length}: the context of {model.path} ends at {config['seq_length']} tokens."
         )
-    return source, is_first_qwen
+    return _Found(source, is_first_qwen, config.get("vocab_size"))
 
 
 def resolve_dtype(name: str) -> torch.dtype:
@@ -93,23 +102,34 @@ def resolve_storage(name: str) -> torch.dtype:
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer with the chat template, end-of-turn and padding token that the configuration names."""
+    """The model's tokenizer with the chat template, end-of-turn and padding token that the configuration names.
+
+    Raises `UserError` when one of them is missing, and when the model has no embedding for one of the tokenizer's ids.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-    source, is_first_qwen = _find(model)
-    if is_first_qwen:
-        folder = qwen_v1.local_checkpoint(source, model.revision, vocabulary_only=True)
+    found = _find(model)
+    if found.is_first_qwen:
+        folder = qwen_v1.local_checkpoint(found.source, model.revision, vocabulary_only=True)
         tokenizer: Any = qwen_v1.load_tokenizer(folder)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=model.revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(found.source, revision=model.revision, trust_remote_code=False)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    for key in ("eos_token", "pad_token"):
+    vocabulary = tokenizer.get_vocab()
+    if found.embedding_rows is not None and found.embedding_rows <= max(vocabulary.values()):
+        raise UserError(
+            f"model.path={model.path}: its tokenizer has ids up to {max(vocabulary.values())}, but the model has "
+            f"embeddings for {found.embedding_rows} ids only. They do not belong together: give the model its own "
+            "tokenizer files, or resize its embeddings and train them first."
+        )
+    for key in ("eos_token", "pad_token", "document_end"):
         token = getattr(model, key)
         if token is None:
             continue
-        if token not in tokenizer.get_vocab():
+        if token not in vocabulary:
             raise UserError(f"model.{key}={token}: not in the vocabulary of {model.path}")
-        setattr(tokenizer, key, token)
+        if key != "document_end":
+            setattr(tokenizer, key, token)
     if model.chat_template is not None:
         tokenizer.chat_template = _read_template(model.chat_template)
     if tokenizer.chat_template is None:
@@ -183,7 +203,11 @@ def check_adapter(adapter: str, model: ModelConfig) -> None:
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).exists():
             raise UserError(f"adapter {folder}: there is no {name}. Give the adapter/ folder of a training stage.")
-    trained_on = _read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    _refuse_damaged(folder)
+    config = _read_json(folder / ADAPTER_CONFIG)
+    if str(config.get("init_lora_weights")).startswith("pissa"):
+        raise UserError(f"adapter {folder} holds PiSSA's directions, which are no longer in the base that it names.")
+    trained_on = config.get("base_model_name_or_path")
     if trained_on != model.path:
         raise UserError(
             f"adapter {folder} was trained on the base '{trained_on}', not on '{model.path}'. "
@@ -194,7 +218,9 @@ def check_adapter(adapter: str, model: ModelConfig) -> None:
 def new_adapter(base: PreTrainedModel, lora: LoraConfig, targets: list[str]) -> PeftModel:
     """A new low-rank adapter on a base, trainable, float32: A random (seed torch before), B zero.
 
-    `targets` are the names of linear layers, or `["all-linear"]`: all but the output layer.
+    With `lora.init=pissa` A and B are instead the largest singular directions of each weight, which are taken out of
+    the base (Meng et al., 2024, arXiv 2404.02948): see `models.pissa` for how such an adapter is saved. `targets` are
+    the names of linear layers, or `["all-linear"]`: all but the output layer.
     """
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
@@ -204,6 +230,9 @@ def new_adapter(base: PreTrainedModel, lora: LoraConfig, targets: list[str]) -> 
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        init_lora_weights="pissa" if lora.init is LoraInit.pissa else True,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
         base_model_name_or_path=base.name_or_path,
     )
@@ -214,12 +243,20 @@ def new_adapter(base: PreTrainedModel, lora: LoraConfig, targets: list[str]) -> 
     return policy
 
 
-def save_adapter(policy: PeftModel, folder: Path, model: ModelConfig) -> None:
+def save_adapter(policy: PeftModel, folder: Path, model: ModelConfig, initial: Path | None = None) -> None:
     """Write the "default" adapter: adapter_config.json, adapter_model.safetensors and the record of its base.
 
-    The same weights give the same bytes: target modules, a set in memory, are written in order.
+    The same weights give the same bytes: target modules, a set in memory, are written in order. `initial` is where
+    `models.pissa` keeps the adapter that training began with; what is written is then the difference to it.
     """
-    policy.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="PiSSA changes the base weights")  # the conversion mends just that
+        policy.save_pretrained(
+            str(folder),
+            selected_adapters=["default"],
+            save_embedding_layers=False,
+            path_initial_model_for_weight_conversion=None if initial is None else str(initial),
+        )
     (folder / "README.md").unlink(missing_ok=True)  # an unfilled template
     config = _read_json(folder / ADAPTER_CONFIG)
     config["base_model_name_or_path"] = model.path
@@ -273,6 +310,19 @@ def _keep_4bit_weights_trainable(base: torch.nn.Module) -> None:
     for module in base.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def _refuse_damaged(folder: Path) -> None:
+    """Raise `UserError` for weights that are cut short or no safetensors file at all."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{folder / ADAPTER_WEIGHTS}: damaged ({_first_line(error)}). Copy or train it again."
+        ) from error
 
 
 def _refuse_changed_base(folder: Path, model: ModelConfig, base: PreTrainedModel) -> None:

@@ -126,11 +126,14 @@ class RewardModel:
         """
         from alignkit.models.value_head import PromptGroup
 
-        places: dict[tuple[tuple[str, str], ...], dict[str, list[int]]] = {}
-        for index, (*prompt, answer) in enumerate(conversations):
-            key = tuple((message.role, message.content) for message in prompt)
-            places.setdefault(key, {}).setdefault(answer.content, []).append(index)
+        places: dict[tuple[str, ...], dict[str, list[int]]] = {}
         found: list[float | str] = [""] * len(conversations)
+        for index, (*prompt, answer) in enumerate(conversations):
+            if answer.tool_calls:
+                found[index] = "the answer calls a tool"
+                continue
+            key = tuple(message.model_dump_json() for message in prompt)
+            places.setdefault(key, {}).setdefault(answer.content, []).append(index)
         groups: list[PromptGroup] = []
         owners: list[list[list[int]]] = []
         for answers in places.values():

@@ -120,7 +120,12 @@ class ValueHeadModel(torch.nn.Module):
             scores: Tensor = self.value_head(hidden[last[:, 0], last[:, 1]].float())[:, 0]
         return scores
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
         """Called by the trainer. The non-reentrant kind, because the first layer's input needs no gradient."""
         language_model = self.policy.get_base_model() if hasattr(self.policy, "get_base_model") else self.policy
-        language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        language_model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers, offload)

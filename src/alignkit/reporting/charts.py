@@ -45,16 +45,18 @@ def evaluation_figures(held_out: HeldOut) -> dict[str, str]:
 
 
 def loss_figures(runs: Sequence[Run], held_out: HeldOut | None) -> list[tuple[str, str]]:
-    """The training loss of each training step of the first run, one line for each seed: (step, figure)."""
+    """The training loss of each training step of the first run, and its held-out loss, by seed: (step, figure)."""
     figures: list[tuple[str, str]] = []
     for step in runs[0].of_stage(*_TRAINING):
         lines = []
         for place, run in enumerate(runs):
             other = run.step(step.name)
-            points = [(row["step"], row["loss"]) for row in other.rows("loss.jsonl") if "loss" in row] if other else []
-            if points:
-                xs, ys = zip(*points, strict=True)
-                lines.append(Curve(f"seed {run.seed}", _colour(step, held_out), xs, ys, dashed=place > 0))
+            rows = list(other.rows("loss.jsonl")) if other else []
+            for key, title, colour in (("loss", "", _colour(step, held_out)), ("held_out_loss", ", held out", "muted")):
+                points = [(row["step"], row[key]) for row in rows if key in row]
+                if points:
+                    xs, ys = zip(*points, strict=True)
+                    lines.append(Curve(f"seed {run.seed}{title}", colour, xs, ys, dashed=place > 0))
         if lines:
             title = f"Training loss of {step.name}"
             figures.append((step.name, curves(f"loss-{len(figures)}", title, lines, x_label="optimizer step")))

@@ -30,6 +30,7 @@ def render_page(runs: Sequence[Run], held_out: HeldOut | None) -> str:
             headline=_headline(held_out) if held_out else None,
             stages=tables.stage_table(run),
             checks=tables.check_table(runs),
+            memory=tables.memory_table(run),
             lineage=tables.lineage(run),
             facts=tables.facts(run),
             teacher=tables.teacher_statement(run),

@@ -15,7 +15,7 @@ from alignkit.evaluation.predictions import Prediction
 SPINE = ("expand", "select", "sft", "sample", "judge", "reward", "rejection_sampling", "dpo", "evaluate")
 """Stages from the seeds to the examined model; the report says which of them a run lacks."""
 
-_WITHOUT_A_PLACE = ("report", "pipeline", "compare")
+_WITHOUT_A_PLACE = ("report", "pipeline", "compare", "preflight", "lengths")
 """Stages that tell about the others and make nothing themselves."""
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from alignkit.reporting.runs import Run, Step
 
-_NOT_ROWS = ("dropped.jsonl", "loss.jsonl")
+_NOT_ROWS = ("dropped.jsonl", "loss.jsonl", "samples.jsonl")
 """Outputs that are not what a stage hands on."""
 
 
@@ -32,6 +32,19 @@ def stage_table(run: Run) -> list[dict[str, Any]]:
         }
         for step in run.steps
     ]
+
+
+def memory_table(run: Run) -> list[dict[str, Any]]:
+    """A line for each step whose peak was predicted before it began and measured on a GPU: bytes, and their ratio."""
+    lines = []
+    for step in run.steps:
+        predicted = step.metrics.get("predicted_memory_bytes")
+        measured = step.manifest.get("peak_gpu_memory_bytes", 0)
+        if predicted and measured:
+            lines.append(
+                {"name": step.name, "predicted": predicted, "measured": measured, "ratio": predicted / measured}
+            )
+    return lines
 
 
 def check_table(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -77,7 +77,7 @@ class JudgeScorer:
 
     def score(self, conversations: Sequence[list[Message]]) -> list[float | None]:
         """One score from 0 to 10 a conversation; None, with its reason, where no answer holds a grade."""
-        keys = [tuple((message.role, message.content) for message in conversation) for conversation in conversations]
+        keys = [tuple(message.model_dump_json() for message in conversation) for conversation in conversations]
         unique = dict(zip(keys, conversations, strict=True))
         grades = (self._compare if self.pairwise else self._grade)(list(unique.values()))
         found = dict(zip(unique, grades, strict=True))
@@ -156,7 +156,7 @@ def share_won(forward: str, backward: str) -> float:
 
 def _pairs(conversations: Sequence[list[Message]]) -> list[tuple[int, int]]:
     """Positions of all pairs of conversations that differ in the last turn only."""
-    by_prompt: dict[tuple[tuple[str, str], ...], list[int]] = defaultdict(list)
+    by_prompt: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for position, conversation in enumerate(conversations):
-        by_prompt[tuple((message.role, message.content) for message in conversation[:-1])].append(position)
+        by_prompt[tuple(message.model_dump_json() for message in conversation[:-1])].append(position)
     return [pair for positions in by_prompt.values() for pair in combinations(positions, 2)]

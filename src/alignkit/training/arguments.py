@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from alignkit.core.config import DistributedConfig, Strategy, TrainConfig
+from alignkit.core.config import DistributedConfig, Keep, Strategy, TrainConfig
 from alignkit.core.errors import UserError
-from alignkit.core.ranks import world_size
-from alignkit.training.distributed import batches_of_process, sharding_arguments
+from alignkit.core.ranks import batches_of_process, world_size
+from alignkit.training.distributed import sharding_arguments
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -24,6 +24,22 @@ def optimizer_steps(rows: int, train: TrainConfig) -> int:
     if train.max_steps > 0:
         return train.max_steps
     return math.ceil(train.epochs * math.ceil(rows / (train.batch_size * train.gradient_accumulation)))
+
+
+def refuse_what_only_sft_has(train: TrainConfig) -> None:
+    """Raise `UserError` for settings that stages with other objectives would otherwise ignore."""
+    given = {
+        "packing": train.packing,
+        "padding_free": train.padding_free,
+        "neftune_alpha": train.neftune_alpha is not None,
+        "eval_steps": train.eval_steps > 0,
+        "keep": train.keep is not Keep.last,
+        "patience": train.patience > 0,
+        "sample_prompts": train.sample_prompts > 0,
+    }
+    for name, is_given in given.items():
+        if is_given:
+            raise UserError(f"train.{name}: only sft has it, leave it out here")
 
 
 def trainer_arguments(
@@ -39,10 +55,11 @@ def trainer_arguments(
 ) -> A:
     """Arguments of class `kind` (SFTConfig, DPOConfig, TrainingArguments, ...) for training on `rows` rows.
 
-    `dtype` is the base model's: on a GPU it decides the autocast dtype. `special` are the arguments of `kind` alone.
-    Checkpoints go to `folder` every `save_steps` steps, rounded up to a multiple of `logging_steps`: logged values are
-    means since the last line, so only between lines can a run be cut in two and give the same lines. The last steps are
-    not saved, the finished model is. Raises `UserError` for values that the trainer refuses.
+    `dtype` is the base model's, and, if it is bfloat16, or float16 on a GPU, that of autocast. `special` are the
+    arguments of `kind` alone. Checkpoints go to `folder` every `save_steps` steps, rounded up to a multiple of
+    `logging_steps`: logged values are means since the last line, so only between lines can a run be cut in two and give
+    the same lines. The last steps are not saved, the finished model is.
+    Raises `UserError` for values that the trainer refuses.
     """
     on_gpu = torch.cuda.is_available()
     distributed = distributed or DistributedConfig()
@@ -70,10 +87,12 @@ def trainer_arguments(
             save_steps=math.ceil(train.save_steps / train.logging_steps) * train.logging_steps,
             save_total_limit=2,
             eval_strategy="no",
-            report_to="none",
+            report_to="none",  # trackers are callbacks of ours
+            project="alignkit",
+            run_name=str(folder.parents[1]),
             disable_tqdm=True,
             use_cpu=not on_gpu,
-            bf16=on_gpu and dtype == torch.bfloat16,
+            bf16=dtype == torch.bfloat16,
             fp16=on_gpu and dtype == torch.float16,
             dataloader_pin_memory=on_gpu,
             ddp_find_unused_parameters=False,

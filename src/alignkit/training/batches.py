@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
-
-if TYPE_CHECKING:
-    from transformers import Trainer
+from transformers import Trainer
 
 WINDOW = 16
 """Optimizer steps whose rows are sorted together: wide enough to save padding, narrow enough to keep steps varied."""
@@ -105,22 +105,74 @@ def _batches(rows: int, batch_size: int, world_size: int) -> int:
     return math.ceil(math.ceil(rows / world_size) / batch_size)
 
 
-def step_loader(trainer: Trainer, lengths: Sequence[int], even: bool = False) -> DataLoader[Any]:
-    """The trainer's rows, of these lengths, as this process reads them: batches by length, its share of each step.
+def parts(lengths: Sequence[int], max_tokens: float) -> list[slice]:
+    """A batch cut into runs of rows that, padded to the longest of the run, have at most `max_tokens` tokens.
 
-    What takes the place of the trainer's own loader, which would deal out whole batches and, for the last step, repeat
-    rows of the first.
+    A row that alone has more is a part of its own.
     """
-    from accelerate.data_loader import prepare_data_loader
+    cuts, longest = [0], 0
+    for row, length in enumerate(lengths):
+        longest = max(longest, length)
+        if row > cuts[-1] and longest * (row + 1 - cuts[-1]) > max_tokens:
+            cuts.append(row)
+            longest = length
+    return [slice(first, last) for first, last in pairwise([*cuts, len(lengths)])]
 
-    arguments = trainer.args
-    rows_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    sampler = LengthGroupedSampler(lengths, rows_per_step, arguments.seed)
-    batches = OwnBatches(sampler, arguments.train_batch_size, arguments.process_index, arguments.world_size, even)
-    rows: Dataset[Any] = trainer._remove_unused_columns(trainer.train_dataset, description="training")
-    loader = DataLoader(
-        rows, batch_sampler=batches, collate_fn=trainer.data_collator, pin_memory=arguments.dataloader_pin_memory
-    )
-    device = trainer.accelerator.device
-    ready: DataLoader[Any] = prepare_data_loader(loader, device, num_processes=1, process_index=0, put_on_device=True)
-    return ready
+
+def planned_steps(sampler: LengthGroupedSampler, steps: int) -> Iterator[list[int]]:
+    """The row numbers of each of a run's first `steps` optimizer steps, in order."""
+    plan = LengthGroupedSampler(sampler.lengths, sampler.rows_per_step, sampler.seed)
+    while steps > 0:
+        epoch = list(plan.steps())[:steps]
+        yield from epoch
+        steps -= len(epoch)
+        plan.set_epoch(plan.epoch + 1)
+
+
+class StepTrainer(Trainer):
+    """A trainer whose optimizer steps are those of a `LengthGroupedSampler`; its processes share each of them.
+
+    Stands before the trainer of an objective in the bases of a class.
+    """
+
+    even = False
+    """See `share`."""
+    max_batch_tokens = math.inf
+    """Tokens, padding included, that go through the model at once: see `parts`."""
+
+    def row_lengths(self) -> Sequence[int]:
+        """Tokens of each row."""
+        raise NotImplementedError
+
+    @cached_property
+    def sampler(self) -> LengthGroupedSampler:
+        """The order of the rows, the same in every process."""
+        arguments = self.args
+        rows_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        return LengthGroupedSampler(self.row_lengths(), rows_per_step, arguments.seed)
+
+    def own_batches(self, step: Sequence[int]) -> list[list[int]]:
+        """This process's batches of an optimizer step."""
+        arguments = self.args
+        return share(step, arguments.train_batch_size, arguments.process_index, arguments.world_size, self.even)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The rows as this process reads them: batches by length, its share of each step.
+
+        transformers' own loader would deal out whole batches and, for the last step, repeat rows of the first.
+        """
+        from accelerate.data_loader import prepare_data_loader
+
+        arguments = self.args
+        batches = OwnBatches(
+            self.sampler, arguments.train_batch_size, arguments.process_index, arguments.world_size, self.even
+        )
+        rows: Dataset[Any] = self._remove_unused_columns(self.train_dataset, description="training")
+        loader = DataLoader(
+            rows, batch_sampler=batches, collate_fn=self.data_collator, pin_memory=arguments.dataloader_pin_memory
+        )
+        device = self.accelerator.device
+        ready: DataLoader[Any] = prepare_data_loader(
+            loader, device, num_processes=1, process_index=0, put_on_device=True
+        )
+        return ready

@@ -8,11 +8,14 @@ have these hashes are resumed from. They are this project's own working state an
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 from alignkit.core.artifact import Artifact, read_manifest
 from alignkit.core.errors import UserError
 from alignkit.core.hashing import hash_path
+
+LOG = logging.getLogger("alignkit")
 
 SEAL = "seal.json"
 
@@ -40,9 +43,15 @@ def is_intact(checkpoint: Path) -> bool:
 
 
 def newest_intact(folder: Path) -> Path | None:
-    """The intact checkpoint with the highest step in a folder of checkpoints; None when there is none."""
-    steps = {int(path.name.removeprefix("checkpoint-")): path for path in folder.glob("checkpoint-*") if path.is_dir()}
-    return next((steps[step] for step in sorted(steps, reverse=True) if is_intact(steps[step])), None)
+    """The intact checkpoint with the highest step in a folder of checkpoints; None when there is none.
+
+    Newer ones that are torn or changed are named in the log.
+    """
+    for checkpoint in _newest_first(folder):
+        if is_intact(checkpoint):
+            return checkpoint
+        LOG.warning("%s is skipped: it is incomplete, or its files are not those that were written", checkpoint)
+    return None
 
 
 def require_checkpoint(artifact: Artifact) -> None:
@@ -52,13 +61,24 @@ def require_checkpoint(artifact: Artifact) -> None:
     if artifact.config["force"]:
         raise UserError("resume=true continues and force=true begins anew: give one of them")
     previous = read_manifest(artifact.folder)
-    if previous is None or newest_intact(checkpoint_folder(artifact)) is None:
+    folder = checkpoint_folder(artifact)
+    if previous is None or not _newest_first(folder):
         raise UserError(f"resume=true: {artifact.folder} holds no checkpoint to resume from. Run without resume=true.")
+    if newest_intact(folder) is None:
+        raise UserError(
+            f"resume=true: every checkpoint in {folder} is incomplete, or its files are not those that were written. "
+            "Run without resume=true to begin anew."
+        )
     if previous["fingerprint"] != artifact.fingerprint:
         raise UserError(
             f"resume=true: the checkpoints in {artifact.folder} belong to another configuration, input or version of "
             "alignkit. Restore those, choose another name=..., or run without resume=true to start anew."
         )
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    steps = {int(path.name.removeprefix("checkpoint-")): path for path in folder.glob("checkpoint-*") if path.is_dir()}
+    return [steps[step] for step in sorted(steps, reverse=True)]
 
 
 def _files(checkpoint: Path) -> list[Path]:

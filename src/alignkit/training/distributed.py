@@ -1,57 +1,71 @@
-"""Several GPUs: who reads how many rows, what cannot work, and what the trainers are told. Imports without torch."""
+"""Several GPUs: what cannot work, what the trainers are told, and weights of which a process holds a part.
+
+Imports without torch.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-import math
+import os
 from typing import TYPE_CHECKING, Any
 
 from alignkit.core.config import DistributedConfig, ModelConfig, Quantization, Strategy, TrainConfig
 from alignkit.core.errors import UserError
-from alignkit.core.ranks import world_size
+from alignkit.core.ranks import batches_of_process, world_size
 
 if TYPE_CHECKING:
     import torch
 
 DEEPSPEED = (Strategy.zero2, Strategy.zero3)
-SHARDED_WEIGHTS = (Strategy.zero3, Strategy.fsdp)
-"""With these no process holds a whole weight while it trains."""
+_RECOMPUTED = "_checkpoint_wrapped_module."
+"""What FSDP's own gradient checkpointing puts into names."""
 
 _OPTIONS = {Strategy.zero2: "deepspeed_zero2", Strategy.zero3: "deepspeed_zero3", Strategy.fsdp: "fsdp_qlora"}
-
-
-def batches_of_process(train: TrainConfig, processes: int) -> tuple[int, int]:
-    """Rows that each of these processes reads at once, at most `batch_size`, and how many times in an optimizer step.
-
-    The step keeps its batch_size * gradient_accumulation rows however many processes share it, so that their number
-    changes nothing but the time. Raises `UserError` when they cannot have equally many.
-    """
-    rows = train.batch_size * train.gradient_accumulation
-    own, rest = divmod(rows, processes)
-    if rest:
-        fitting = " or ".join(str(each) for each in (rows - rest, rows - rest + processes) if each)
-        raise UserError(
-            f"train.batch_size * train.gradient_accumulation = {rows} rows make an optimizer step, which {processes} "
-            f"processes cannot share equally: set them to make {fitting} rows"
-        )
-    times = next(times for times in range(math.ceil(own / train.batch_size), own + 1) if own % times == 0)
-    return own // times, times
 
 
 # -- what cannot work --------------------------------------------------------------------------------------------------
 
 
-def require_possible(stage: str, model: ModelConfig, train: TrainConfig, distributed: DistributedConfig) -> None:
-    """Raise `UserError` for what cannot work with the processes and GPUs that there are."""
+def require_possible(
+    stage: str, model: ModelConfig, train: TrainConfig, distributed: DistributedConfig, needs_whole_weights: str = ""
+) -> None:
+    """Raise `UserError` for what cannot work with the processes and GPUs that there are.
+
+    These are the rules of how processes share a training; those of the work itself are in models.refusals.
+    """
     import torch
 
-    refuse_impossible(stage, model, train, distributed, processes=world_size(), gpus=torch.cuda.device_count())
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if os.environ.get(name, "false").lower() == "true":
+            raise UserError(
+                f"{name} is set, by accelerate launch or its configuration: start with torchrun, and choose what the "
+                "processes divide by distributed=deepspeed_zero2, deepspeed_zero3 or fsdp_qlora"
+            )
+    refuse_impossible(
+        stage,
+        model,
+        train,
+        distributed,
+        processes=world_size(),
+        gpus=torch.cuda.device_count(),
+        needs_whole_weights=needs_whole_weights,
+    )
 
 
 def refuse_impossible(
-    stage: str, model: ModelConfig, train: TrainConfig, distributed: DistributedConfig, *, processes: int, gpus: int
+    stage: str,
+    model: ModelConfig,
+    train: TrainConfig,
+    distributed: DistributedConfig,
+    *,
+    processes: int,
+    gpus: int,
+    needs_whole_weights: str = "",
 ) -> None:
-    """Raise `UserError` for what cannot work with so many processes, each of which sees so many GPUs."""
+    """Raise `UserError` for what cannot work with so many processes, each of which sees so many GPUs.
+
+    `needs_whole_weights` names what the stage would do with them before training or between steps; empty: nothing.
+    """
     strategy = distributed.strategy
     command = f"torchrun --nproc_per_node {max(2, gpus)} -m alignkit.{stage}"
     if processes == 1 and gpus > 1:
@@ -63,25 +77,27 @@ def refuse_impossible(
         raise UserError(f"distributed.strategy={strategy.name} is for several processes: start them with {command} ...")
     batches_of_process(train, processes)
     if strategy in _OPTIONS:
-        _refuse_sharding(stage, model, strategy, gpus)
+        _refuse_sharding(stage, model, strategy, gpus, needs_whole_weights)
     if strategy not in _OPTIONS and distributed.offload:
         raise UserError(
             f"distributed.offload=true: distributed.strategy={strategy.name} divides nothing to be put away"
         )
 
 
-def _refuse_sharding(stage: str, model: ModelConfig, strategy: Strategy, gpus: int) -> None:
+def _refuse_sharding(stage: str, model: ModelConfig, strategy: Strategy, gpus: int, needs_whole_weights: str) -> None:
     option = f"distributed={_OPTIONS[strategy]}"
     if stage != "sft":
         raise UserError(
             f"{option}: {stage} checks and measures with whole weights in each process; use distributed=ddp"
         )
+    if needs_whole_weights:
+        raise UserError(f"{option}: {needs_whole_weights} takes whole weights in each process; use distributed=ddp")
     if gpus == 0 and strategy is Strategy.fsdp:  # accelerate makes ddp of it there, and says nothing
         raise UserError(f"{option} needs GPUs, and there is none; the others work without")
     if strategy in DEEPSPEED and importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"{option} needs DeepSpeed: pip install 'alignkit[deepspeed]'")
     quantized = model.quantization is Quantization.nf4
-    if quantized and strategy in SHARDED_WEIGHTS and model.quant_storage != model.dtype:
+    if quantized and strategy.divides_weights and model.quant_storage != model.dtype:
         raise UserError(
             f"{option} divides 4-bit weights only when they are packed in the dtype of all others: set "
             f"model.quant_storage and model.dtype (now {model.quant_storage} and {model.dtype}) both to bfloat16"
@@ -138,8 +154,9 @@ def _fsdp(distributed: DistributedConfig, train: TrainConfig) -> dict[str, Any]:
 
 
 def trained_weights(policy: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Whole copies of all trainable weights in main memory; every process must call it."""
-    return {name: _whole(weight).cpu() for name, weight in policy.named_parameters() if weight.requires_grad}
+    """Whole copies of all trainable weights in main memory, by name; every process must call it."""
+    weights = ((name, weight) for name, weight in policy.named_parameters() if weight.requires_grad)
+    return {name.replace(_RECOMPUTED, ""): _whole(weight).cpu() for name, weight in weights}
 
 
 def make_whole(policy: torch.nn.Module) -> None:
@@ -155,6 +172,16 @@ def make_whole(policy: torch.nn.Module) -> None:
         for name, weight in list(module.named_parameters(recurse=False)):
             if weight.requires_grad or module is embedding:
                 module._parameters[name] = torch.nn.Parameter(_whole(weight).cpu(), weight.requires_grad)
+
+
+def own_part(weight: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a weight: all of it, unless it is divided."""
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(weight, DTensor):  # FSDP
+        return weight.to_local()
+    part: torch.Tensor = getattr(weight, "ds_tensor", weight)  # ZeRO-3
+    return part
 
 
 def _whole(weight: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
-from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
 from alignkit.core.artifact import Artifact
 from alignkit.core.config import TrainConfig
 from alignkit.training.arguments import trainer_arguments
-from alignkit.training.batches import step_loader
+from alignkit.training.batches import StepTrainer
 from alignkit.training.checkpoints import checkpoint_folder
 from alignkit.training.fit import fit, trainable_in_float32
 
@@ -81,7 +81,8 @@ def train_preference(
     watched = pairs_dataset(pairs[:WATCHED_PAIRS])
     at_reference = check_reference(trainer, policy, objective.reference, watched, artifact)
     before = at_reference if objective.reference == "sft_adapter" else preference_metrics(trainer, watched)
-    losses = fit(trainer, artifact, "dpo")
+    row_tokens = [2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs]
+    losses = fit(trainer, artifact, train, "dpo", row_tokens)
     after = preference_metrics(trainer, watched)
     artifact.metrics.update(_drift(before, after))
     return losses
@@ -95,7 +96,7 @@ def build_trainer(
     train: TrainConfig,
     seed: int,
     artifact: Artifact,
-) -> DPOTrainer:
+) -> _Trainer:
     """TRL's trainer on encoded pairs. It adds the adapter "ref", a frozen copy of "default", and turns dropout off."""
     weights = [1.0, objective.sft_weight] if objective.sft_weight else [1.0]
     arguments = trainer_arguments(
@@ -157,7 +158,7 @@ def _policy_is(policy: PeftModel, reference: str) -> Iterator[None]:
     if reference == "sft_adapter":
         yield
     elif reference == "base":
-        with _zeroed([weight for name, weight in policy.named_parameters() if ".lora_B.default" in name]):
+        with _adding_nothing(policy):
             yield
     else:
         _load_frozen(policy, Path(reference), "named")
@@ -168,15 +169,31 @@ def _policy_is(policy: PeftModel, reference: str) -> Iterator[None]:
 
 
 @contextmanager
-def _zeroed(weights: list[torch.nn.Parameter]) -> Iterator[None]:
-    """With B = 0 an adapter adds exactly nothing."""
-    saved = [weight.detach().clone() for weight in weights]
+def _adding_nothing(policy: PeftModel) -> Iterator[None]:
+    """Let the "default" adapter add nothing to the base for a while: B = 0, and DoRA's magnitudes those of the base."""
+    kinds = (".lora_B.default", ".lora_magnitude_vector.default")
+    changed = [weight for name, weight in policy.named_parameters() if any(kind in name for kind in kinds)]
+    saved = [weight.detach().clone() for weight in changed]
     with torch.no_grad():
-        for weight in weights:
-            weight.zero_()
+        for name, weight in policy.named_parameters():
+            if ".lora_B.default" in name:
+                weight.zero_()
+        for layer in policy.modules():
+            magnitudes: Any = getattr(layer, "lora_magnitude_vector", {})
+            if "default" in magnitudes:
+                magnitudes["default"].weight.copy_(_base_norms(layer, magnitudes["default"]))
         yield
-        for weight, value in zip(weights, saved, strict=True):
+        for weight, value in zip(changed, saved, strict=True):
             weight.copy_(value)
+
+
+def _base_norms(layer: Any, dora: Any) -> torch.Tensor:
+    """The norm of each output's weights in the base, [outputs], as PEFT takes it in a forward pass."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    weight = dequantize_module_weight(layer.get_base_layer()).float()
+    norms: torch.Tensor = dora.get_weight_norm(weight, torch.zeros_like(weight), 1.0)
+    return norms
 
 
 def _load_frozen(policy: PeftModel, folder: Path, name: str) -> None:
@@ -239,13 +256,22 @@ def pairs_dataset(pairs: Sequence[EncodedPair]) -> Dataset:
     )
 
 
-class _Trainer(DPOTrainer):
-    """TRL's trainer with our token ids and our batches."""
+class _Trainer(StepTrainer, DPOTrainer):
+    """TRL's trainer with our token ids and our batches, and without its telemetry."""
+
+    even = True  # TRL collects its metrics row by row, as many from each process
+
+    def _send_telemetry(self) -> None:
+        pass
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        shutil.rmtree(Path(str(output_dir)) / "ref", ignore_errors=True)  # made anew from where it is named
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset  # tokenised already
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Batches by length, of this process; TRL collects its metrics row by row, as many from each process."""
+    def row_lengths(self) -> list[int]:
+        """Tokens of each pair's longer side."""
         assert isinstance(self.train_dataset, Dataset)
-        return step_loader(self, self.train_dataset["length"], even=True)
+        return list(self.train_dataset["length"])

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from alignkit.core.artifact import Artifact
@@ -25,7 +24,7 @@ from alignkit.core.config import TrainConfig
 from alignkit.models.reward_model import RewardModel, encode_answers
 from alignkit.models.value_head import PromptGroup, ValueHeadModel, collate
 from alignkit.training.arguments import trainer_arguments
-from alignkit.training.batches import step_loader
+from alignkit.training.batches import StepTrainer
 from alignkit.training.checkpoints import checkpoint_folder
 from alignkit.training.fit import fit, trainable_in_float32
 from alignkit.training.reward_data import AnswerGroup, Comparison
@@ -126,7 +125,7 @@ def train_reward_model(
             args=arguments,
             data_collator=_Collator(reward_model.tokenizer.pad_token_id, reward_model.model.max_length),
         )
-    return fit(trainer, artifact, "reward")
+    return fit(trainer, artifact, train, "reward")
 
 
 def ranked_right(groups: Sequence[EncodedGroup], scores: Sequence[Sequence[float]]) -> list[list[bool]]:
@@ -169,7 +168,7 @@ def _weights(counts: Sequence[int]) -> Tensor:
     return torch.tensor([1 / (len(counts) * count) for count in counts for _ in range(count)])
 
 
-class _Trainer(Trainer):
+class _Trainer(StepTrainer):
     """The loss of a batch of groups, and checkpoints without the frozen base."""
 
     objective: Objective
@@ -179,9 +178,9 @@ class _Trainer(Trainer):
     ) -> None:
         super().__init__(model=module, train_dataset=groups, **keywords)
         self.module = module
-        self.lengths = [len(group.tokens) for group in groups]
+        self.groups = groups
         self.objective = objective
-        self._right = self._pairs = 0
+        self.right = self.pairs = 0
 
     def compute_loss(
         self,
@@ -196,8 +195,8 @@ class _Trainer(Trainer):
         targets = inputs.pop("targets")
         scores: Tensor = model(**inputs)
         better, worse = scores[pairs[:, 0]], scores[pairs[:, 1]]
-        self._right += int((better > worse).sum())
-        self._pairs += len(pairs)
+        self.right += int((better > worse).sum())
+        self.pairs += len(pairs)
         loss = bradley_terry_loss(better, worse, self.objective.margin_weight * margins, pair_weights)
         if self.objective.regress_weight:
             loss = loss + self.objective.regress_weight * regression_loss(scores, targets, answer_weights)
@@ -205,11 +204,11 @@ class _Trainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the pair accuracy since the last line, over all processes."""
-        if "loss" in logs and self._pairs:
-            counts = torch.tensor([self._right, self._pairs], device=self.accelerator.device)
+        if "loss" in logs and self.pairs:
+            counts = torch.tensor([self.right, self.pairs], device=self.accelerator.device)
             right, pairs = self.accelerator.reduce(counts).tolist()
             logs["rewards/accuracies"] = right / pairs
-            self._right = self._pairs = 0
+            self.right = self.pairs = 0
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -221,6 +220,6 @@ class _Trainer(Trainer):
         state = load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
         self.module.load_state_dict(state, strict=False)  # the rest is the frozen base
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Batches by length, of this process."""
-        return step_loader(self, self.lengths)
+    def row_lengths(self) -> list[int]:
+        """Tokens of each prompt with all its answers."""
+        return [len(group.tokens) for group in self.groups]

@@ -35,7 +35,7 @@ class AnswerGroup:
     @property
     def prompt_key(self) -> str:
         """Equal for equal prompts."""
-        return json.dumps([(message.role, message.content) for message in self.prompt], ensure_ascii=False)
+        return json.dumps([message.model_dump() for message in self.prompt], ensure_ascii=False)
 
 
 @dataclass
@@ -112,7 +112,7 @@ def groups_from_preferences(pairs: Iterable[PreferencePair]) -> tuple[list[Answe
     groups, dropped = [], []
     for pair in pairs:
         answers = [*pair.chosen, *pair.rejected]
-        if len(answers) != 2 or any(answer.role != "assistant" for answer in answers):
+        if len(answers) != 2 or any(answer.role != "assistant" or answer.tool_calls for answer in answers):
             row = pair.model_dump(mode="json", exclude_none=True)
             dropped.append(Dropped(reason="an answer is not one assistant's turn", row=row))
             continue

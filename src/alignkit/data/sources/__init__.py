@@ -13,7 +13,16 @@ from pathlib import Path
 
 from alignkit.core.config import RowsConfig
 from alignkit.core.errors import UserError
-from alignkit.core.records import ChatExample, CompletionSet, Dropped, Message, PreferencePair, QAExample, Row
+from alignkit.core.records import (
+    ChatExample,
+    CompletionSet,
+    Dropped,
+    Message,
+    PreferencePair,
+    QAExample,
+    Row,
+    TextExample,
+)
 from alignkit.data.chat import qa_prompt
 from alignkit.data.jsonl import AnyRow, Placed, note_id, read_rows
 from alignkit.data.sources import (
@@ -31,18 +40,35 @@ from alignkit.data.sources.raw import Format, RawRow, detect, row_id
 from alignkit.data.sources.short_answers import ShortAnswer
 
 
-def read_examples(rows: RowsConfig, *, hotpotqa_paragraphs: str = "gold") -> tuple[list[ChatExample], list[Dropped]]:
-    """Examples to learn from, each a prompt and one assistant turn.
+def read_examples(
+    rows: RowsConfig, *, hotpotqa_paragraphs: str = "gold"
+) -> tuple[list[ChatExample | TextExample], list[Dropped]]:
+    """Examples to learn from: all of them prompts with completions, or all of them documents to learn whole.
 
-    Reads chat examples, conversations, and every format of `read_questions` whose rows have answers.
+    Reads chat examples, conversations, RAFT rows, QA-Expert's records as a search in steps, every other format of
+    `read_questions` whose rows have answers, pages of documents, and rows with a text.
     """
-    formats = (
+    return _read(rows, _example_formats(hotpotqa_paragraphs))
+
+
+def stream_examples(
+    rows: RowsConfig, *, hotpotqa_paragraphs: str = "gold"
+) -> Iterator[ChatExample | TextExample | Dropped]:
+    """The rows of `read_examples` and those it sets aside, one by one in their order; only their ids are kept."""
+    return _stream(rows, _example_formats(hotpotqa_paragraphs))
+
+
+def _example_formats(hotpotqa_paragraphs: str) -> tuple[Format[ChatExample | TextExample], ...]:
+    return (
         Format("chat example", ("prompt", "completion"), raft.read_prompt_and_completion),
         Format("conversation", ("messages",), conversations.read_messages),
+        Format("ShareGPT", ("conversations",), conversations.read_shared),
         Format("RAFT row", raft.ROW_FIELDS, raft.read_row),
+        Format("QA-Expert", qa_expert.FIELDS, qa_expert.read_conversation),
         *(_with_answer(each) for each in _question_formats(hotpotqa_paragraphs, answered=True)),
+        Format("document page", ("document", "page", "text"), documents.read_page),
+        Format("text", ("text",), documents.read_text),
     )
-    return _read(rows, formats)
 
 
 def read_questions(rows: RowsConfig, *, hotpotqa_paragraphs: str = "gold") -> tuple[list[QAExample], list[Dropped]]:
@@ -107,6 +133,23 @@ def _read(
     """Read all rows in the format of the first. Raises `UserError` when no usable row is left."""
     records: list[AnyRow] = []
     dropped: list[Dropped] = []
+    for row in _stream(rows, formats, read):
+        if isinstance(row, Dropped):
+            dropped.append(row)
+        else:
+            records.append(row)
+    if not records:
+        reasons = "; ".join(sorted({each.reason for each in dropped}))
+        raise UserError(f"{rows.path}: none of its {len(dropped)} rows can be used ({reasons}). Give another file.")
+    return records, dropped
+
+
+def _stream(
+    rows: RowsConfig,
+    formats: tuple[Format[AnyRow], ...],
+    read: Callable[[str, int, int | None], Iterator[Placed]] = read_rows,
+) -> Iterator[AnyRow | Dropped]:
+    """Each row in the format of the first, or set aside with its reason. No id may stand there twice."""
     seen: dict[str, str] = {}
     format: Format[AnyRow] | None = None
     stem = Path(rows.path.partition(":")[0]).stem
@@ -120,15 +163,9 @@ def _read(
                 f"The row has the fields {', '.join(fields) or '(none)'}. Correct it or remove it."
             )
         row = format.read(raw)
-        if isinstance(row, Dropped):
-            dropped.append(row)
-        else:
+        if not isinstance(row, Dropped):
             note_id(seen, row.id, place)
-            records.append(row)
-    if not records:
-        reasons = "; ".join(sorted({each.reason for each in dropped}))
-        raise UserError(f"{rows.path}: none of its {len(dropped)} rows can be used ({reasons}). Give another file.")
-    return records, dropped
+        yield row
 
 
 def _question_formats(hotpotqa_paragraphs: str, *, answered: bool = False) -> tuple[Format[QAExample], ...]:
@@ -148,7 +185,7 @@ def _question_formats(hotpotqa_paragraphs: str, *, answered: bool = False) -> tu
     )
 
 
-def _with_answer(questions_format: Format[QAExample]) -> Format[ChatExample]:
+def _with_answer(questions_format: Format[QAExample]) -> Format[ChatExample | TextExample]:
     """The format of the same rows where the answer is to be learnt: it must be there."""
 
     def read(raw: RawRow) -> ChatExample | Dropped:

@@ -1,14 +1,14 @@
-"""Rows of the recipe `documents`: a question, the passages that are shown with it, and the answer."""
+"""Documents: pages and plain texts to learn whole, and rows of the recipe `documents`, questions about passages."""
 
 from __future__ import annotations
 
 from pydantic import BaseModel
 
-from alignkit.core.records import Dropped, QAExample, Row
+from alignkit.core.records import DocumentPage, Dropped, QAExample, Row, TextExample
 from alignkit.data.sources.raw import RawRow
 
 FIELDS = ("question", "context", "answer", "chunks_rag")
-"""What a row of this format has."""
+"""What a row of the recipe has."""
 
 
 class DocumentQuestion(Row):
@@ -61,3 +61,18 @@ def read_question(raw: RawRow) -> QAExample | Dropped:
         output=row.answer,
         source=row.source,
     )
+
+
+def read_page(raw: RawRow) -> TextExample | Dropped:
+    """A page of a document, a text of its own."""
+    page = raw.record(DocumentPage)
+    return _with_text(raw, TextExample(id=page.id, parents=page.parents, text=page.text, source=page.document))
+
+
+def read_text(raw: RawRow) -> TextExample | Dropped:
+    """A row with a text; whatever else it has is kept, but not learned."""
+    return _with_text(raw, raw.record(TextExample, id=raw.id))
+
+
+def _with_text(raw: RawRow, example: TextExample) -> TextExample | Dropped:
+    return example if example.text.strip() else raw.drop("empty document")

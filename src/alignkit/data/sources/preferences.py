@@ -24,14 +24,16 @@ class _Dialogues(BaseModel):
 
 
 def read_pair(raw: RawRow) -> PreferencePair | Dropped:
-    """A preference pair of ours, unless there is nothing to prefer."""
+    """A preference pair of ours, unless there is nothing to prefer, or more than one answer to another."""
     if raw.fields["chosen"] == raw.fields["rejected"]:
         return raw.drop("chosen equals rejected")
     pair = raw.record(PreferencePair, id=raw.id)
     for answer in (pair.chosen, pair.rejected):
         if problem := unusable([*pair.prompt, *answer]):
             return raw.drop(problem)
-    return pair
+        if len(answer) > 1:
+            return raw.drop("an answer is not one assistant's turn")
+    return raw.drop("pairs with tools are not learned") if raw.fields.get("tools") else pair
 
 
 def read_dialogues(raw: RawRow) -> PreferencePair | Dropped:

@@ -10,11 +10,25 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from alignkit.core.records import Dropped, QAExample, Row
+from alignkit.core.records import ChatExample, Dropped, FunctionCall, Message, QAExample, Row, ToolCall
 from alignkit.data.sources.raw import RawRow
 
 FIELDS = ("question", "sub_questions", "final_answer")
 VERDICTS = ("yes", "no")
+RETRIEVE: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "retrieve",
+        "description": "Find a paragraph that helps to answer a question.",
+        "parameters": {
+            "type": "object",
+            "properties": {"query": {"type": "string", "description": "The question to find a paragraph for."}},
+            "required": ["query"],
+        },
+    },
+}
+"""The schema of the function that finds a paragraph."""
+_SUMMARY = "Summary:"
 
 
 class SubQuestion(BaseModel):
@@ -73,8 +87,50 @@ def read_question(raw: RawRow) -> QAExample | Dropped:
         input=example.question,
         output=example.final_answer,
         kind="judgmental" if short in VERDICTS else "non_judgmental" if short else None,
-        source=example.tag or example.src or "qa-expert",
+        source=_source(example),
     )
+
+
+def read_conversation(raw: RawRow) -> ChatExample | Dropped:
+    """The record as a search in steps, of which everything that the assistant says is to be learned.
+
+    For each sub-question the assistant says what it found out before, if anything, and retrieves; the tool returns the
+    paragraph. The last turn gives the last sub-answer and the final answer. A question that is its own only step is
+    retrieved as it stands and answered.
+    """
+    example = read_record(raw)
+    if isinstance(example, Dropped):
+        return example
+    steps = example.sub_questions
+    if not example.final_answer.strip():
+        return raw.drop("empty answer")
+    if any(not step.question.strip() for step in steps):
+        return raw.drop("empty sub-question")
+    if len(steps) == 1 and not example.takes_several_steps:
+        queries, last = [example.question], example.final_answer
+    else:
+        final = example.final_answer.strip()
+        summary = final if final.startswith(_SUMMARY) else f"{_SUMMARY} {final}"
+        queries, last = [step.question for step in steps], f"{steps[-1].long_answer}\n{summary}".strip()
+    said = ["", *(step.long_answer for step in steps[:-1])]
+    completion: list[Message] = []
+    for number, (text, query, step) in enumerate(zip(said, queries, steps, strict=True), 1):
+        identity = f"call{number:05d}"  # nine characters, as some chat templates demand
+        call = ToolCall(id=identity, function=FunctionCall(name="retrieve", arguments={"query": query}))
+        completion.append(Message(role="assistant", content=text, tool_calls=[call]))
+        completion.append(Message(role="tool", content=step.paragraph, name="retrieve", tool_call_id=identity))
+    return ChatExample(
+        id=example.id,
+        parents=example.parents,
+        prompt=[Message(role="user", content=example.question)],
+        completion=[*completion, Message(role="assistant", content=last)],
+        tools=[RETRIEVE],
+        source=_source(example),
+    )
+
+
+def _source(example: MultihopExample) -> str:
+    return example.tag or example.src or "qa-expert"
 
 
 def record(example: MultihopExample) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel
 
 from alignkit.core.records import Dropped, QAExample
+from alignkit.data.sources import conversations
 from alignkit.data.sources.raw import RawRow
 
 
@@ -28,9 +29,6 @@ class _Prediction(BaseModel):
 class _PromptAndCompletion(BaseModel):
     prompt: str
     completion: str
-
-
-_END_OF_TEXT = "<|endoftext|>"
 
 
 def read_question(raw: RawRow) -> QAExample | Dropped:
@@ -74,7 +72,7 @@ def read_prompt_and_completion(raw: RawRow) -> QAExample | Dropped:
     The prompt is the instruction: which part of it is the question, nothing tells.
     """
     row = raw.record(_PromptAndCompletion)
-    output = row.completion.rstrip().removesuffix(_END_OF_TEXT).strip()
+    output = conversations.without_end_of_text(row.completion).strip()
     return _usable(raw, QAExample(id=raw.id, instruction=row.prompt.strip(), output=output))
 
 

@@ -1,0 +1,114 @@
+"""Tool calls and tool schemas for the chat template: as they are where it shows them, else in a textual form of ours.
+
+Many templates ignore what they do not know, so that a call would vanish from the conversation without a word. What a
+template shows is found by rendering probes. The textual form of a call, at the end of its turn's content:
+
+    <tool_call>
+    {"name": "retrieve", "arguments": {"query": "Where is Lund?"}}
+    </tool_call>
+
+The schemas then stand in the system turn. JSON keeps other scripts as they are, in training and in generation alike.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from alignkit.core.records import Message, ToolCall, Tools
+
+Turns = list[dict[str, Any]]
+"""Turns as a chat template takes them."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a template shows of what it is given."""
+
+    calls: bool
+    several_calls: bool
+    """Whether all of several calls in one turn."""
+    text_beside_calls: bool
+    schemas: bool
+    roles: frozenset[str]
+    """Roles whose turns do not vanish. A template that refuses a turn says so itself."""
+
+
+def find_shown(render: Callable[[Turns, Tools | None], str | None]) -> Shown:
+    """Find out what a template shows, by words that stand nowhere else. `render` gives None for a refusal."""
+    user, system = {"role": "user", "content": "probed_text"}, {"role": "system", "content": "probed_text"}
+    identity = "probe0001"  # some templates demand nine characters
+    first, second = (
+        {
+            "type": "function",
+            "id": identity,
+            "function": {"name": "probed_function", "arguments": {"probed_key": value}},
+        }
+        for value in ("probed_value", "another_value")
+    )
+    call: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [first]}
+    result = {"role": "tool", "content": "probed_result", "name": "probed_function", "tool_call_id": identity}
+    nothing = {"type": "object", "properties": {}}
+    schema = {"type": "function", "function": {"name": "probed_function", "description": "", "parameters": nothing}}
+
+    def shows(turns: Turns, *words: str, schemas: Tools | None = None, refused: bool = False) -> bool:
+        text = render(turns, schemas)
+        return refused if text is None else all(word in text for word in words)
+
+    called = ("probed_function", "probed_value")
+    knows_calls = shows([user, call], *called)
+    before = call if knows_calls else {"role": "assistant", "content": "A call."}
+    kept = {"tool": shows([user, before, result], "probed_result", refused=True)}
+    kept["system"] = shows([system, {**user, "content": "Hello"}], "probed_text", refused=True)
+    return Shown(
+        calls=knows_calls,
+        several_calls=shows([user, {**call, "tool_calls": [first, second]}], "another_value", refused=True),
+        text_beside_calls=shows([user, {**call, "content": "probed_beside"}], *called, "probed_beside"),
+        schemas=shows([user], "probed_function", schemas=[schema]),
+        roles=frozenset({"user", "assistant", *(role for role, is_kept in kept.items() if is_kept)}),
+    )
+
+
+def fit(messages: Sequence[Message], tools: Tools, shown: Shown) -> tuple[list[Message], Tools | None] | str:
+    """The turns and schemas to give to a template so that nothing vanishes, or the reason why something would."""
+    fitted, schemas = list(messages), [dict(tool) for tool in tools] or None
+    if not shown.calls:
+        fitted = [_with_calls_as_text(message) for message in fitted]
+    elif not shown.text_beside_calls and any(each.tool_calls and each.content.strip() for each in fitted):
+        return "the chat template leaves out the text beside a tool call"
+    elif not shown.several_calls and any(len(each.tool_calls or ()) > 1 for each in fitted):
+        return "the chat template leaves out all but one of several tool calls"
+    if schemas and not shown.schemas:
+        fitted, schemas = _with_schemas_as_text(fitted, schemas), None
+    if vanishing := {message.role for message in fitted} - shown.roles:
+        return f"the chat template leaves out turns of the role {', '.join(sorted(vanishing))}"
+    return fitted, schemas
+
+
+def call_text(call: ToolCall) -> str:
+    """A call in the textual form."""
+    return f"<tool_call>\n{to_json(call.function.model_dump())}\n</tool_call>"
+
+
+def to_json(value: Any) -> str:
+    """JSON that keeps other scripts as they are."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _with_calls_as_text(message: Message) -> Message:
+    if not message.tool_calls:
+        return message
+    said = [message.content] if message.content.strip() else []
+    return Message(role=message.role, content="\n".join([*said, *map(call_text, message.tool_calls)]))
+
+
+def _with_schemas_as_text(messages: list[Message], tools: Tools) -> list[Message]:
+    """The schemas at the end of the system turn, or in a new one."""
+    functions = "\n".join(to_json(tool) for tool in tools)
+    form = '<tool_call>\n{"name": "...", "arguments": {...}}\n</tool_call>'
+    text = f"Functions that can be called:\n{functions}\n\nA call is written like this:\n{form}"
+    if messages and messages[0].role == "system":
+        return [Message(role="system", content=f"{messages[0].content}\n\n{text}".strip()), *messages[1:]]
+    return [Message(role="system", content=text), *messages]
