@@ -22,6 +22,7 @@ from alignkit.core.config import ModelConfig, RowsConfig
 from alignkit.core.errors import UserError
 from alignkit.models.loading import load_policy
 from alignkit.sft import SFTConfig, run
+from alignkit.training import interruption
 from alignkit.training.callbacks import StepReport
 from alignkit.training.checkpoints import checkpoint_folder, newest_intact
 from alignkit.training.interruption import StopAtStepEnd
@@ -101,6 +102,16 @@ def test_the_same_signal_again_stops_at_once_and_another_does_not(
     found = newest_intact(checkpoint_folder(open_artifact(tmp_path)))
     assert found is not None
     assert found.name == ("checkpoint-2" if second == signal.SIGTERM else "checkpoint-3")
+
+
+@pytest.mark.parametrize(("processes", "expected"), [(1, RuntimeError), (2, KeyboardInterrupt)])
+def test_a_process_that_is_stopped_since_another_failed_blames_nothing(
+    processes: int, expected: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interruption, "world_size", lambda: processes)
+    with pytest.raises(expected), StopAtStepEnd().listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("Connection closed by peer")
 
 
 def test_a_signal_in_the_last_step_has_nothing_to_stop(

@@ -45,12 +45,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         new_adapter(load_base(model), LoraConfig(rank=4, dropout=0.0), ["q_proj", "up_proj"]), folder / "first", model
     )
     rows, pairs = questions(19), []
+    worse = [{**row, "output": "Xyz! Xyz!"} for row in rows[:5]]  # what no row teaches
     for row in questions(16):
         turns = [
             [turn.model_dump() for turn in conversation(row["instruction"], row[side])] for side in ("output", "worse")
         ]
         pairs.append({"id": row["id"], "prompt": turns[0][:1], "chosen": turns[0][1:], "rejected": turns[1][1:]})
-    for name, content in (("rows", rows), ("pairs", pairs), ("two", rows[:2])):
+    for name, content in (("rows", rows), ("pairs", pairs), ("two", rows[:2]), ("worse", worse)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
     return folder
 
@@ -129,6 +130,63 @@ def test_a_mistake_is_told_once(folder: Path) -> None:
     told = "".join(path.read_text() for path in folder.glob("log/*/attempt_0/*/std*.log"))
     assert told.count("error: data.path=nowhere.jsonl: no such file or folder") == 1
     assert not (folder / "runs/bad").exists()
+
+
+MEASURED = ["train.eval_steps=2", "train.logging_steps=2", "train.keep=best", "train.sample_prompts=2"]
+KINDS = {
+    "held_out": [*MEASURED, "held_out_share=0.25", "train.epochs=4"],
+    "best": [*MEASURED, "held_out.path=worse.jsonl", "train.learning_rate=1e-2", "train.epochs=3"],
+    "packed": ["train.packing=true", "model.max_length=64", "train.batch_size=2", "train.gradient_accumulation=1"],
+    "padding_free": ["train.padding_free=true"],
+    "pissa": ["lora.init=pissa"],
+}
+"""What `sft` has besides, which two processes must do like one."""
+
+
+@pytest.fixture(scope="module")
+def kinds(folder: Path) -> Ended:
+    return run_in_two(folder, *([*commands(folder, kind)["sft"], *more] for kind, more in KINDS.items()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_do_what_one_does(kinds: Ended, folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kinds.codes == [[0] * len(KINDS)] * 2, kinds.err
+    assert kinds.written[1] == set()
+    monkeypatch.chdir(folder)
+    assert run_command("sft", [*commands(folder, f"{kind}_alone")["sft"][1:], *KINDS[kind]]) == 0
+    alone, shared = (weights(folder, run, "sft") for run in (f"{kind}_alone", kind))
+    one, two = (manifest(folder, "sft", run)["metrics"] for run in (f"{kind}_alone", kind))
+    assert max(float((alone[name] - shared[name]).abs().max()) for name in alone) < 1e-5
+    for name in ("steps", "packing", "learned_tokens"):
+        assert one.get(name) == two.get(name)
+    assert one["last_loss"] == pytest.approx(two["last_loss"], abs=1e-5)
+    if kind in ("held_out", "best"):
+        assert one["held_out"] == pytest.approx(two["held_out"], abs=1e-5)
+        assert two["held_out"]["kept_step"] == {"held_out": 8, "best": 2}[kind]
+        samples = [(folder / "runs" / run / "sft/samples.jsonl").read_text() for run in (f"{kind}_alone", kind)]
+        assert samples[0] == samples[1]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_at_the_same_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a checkpoint of that step, from which the run goes on to the weights of one in one piece."""
+    command = [*commands(folder, "told")["sft"], "lora.dropout=0.2"]
+    ended = run_in_two(folder, ["sft", "signal:1:4", *command[1:]])
+    assert ended.codes[0] == ended.codes[1] == [130]
+    assert "sft: stopped after step 4, its checkpoint is saved" in ended.out[0]
+    assert ended.err[0].count("interrupted: what is finished is saved") == 1
+    assert "interrupted" not in ended.err[1]
+    assert "Traceback" not in ended.err[0] + ended.err[1]
+    assert manifest(folder, "sft", "told")["error"] == "interrupted"
+    checkpoints = folder / "runs/told/sft/unfinished/checkpoints"
+    assert [path.name for path in checkpoints.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert newest_intact(checkpoints) is not None
+    assert run_in_two(folder, command).codes == [[0], [0]]
+    assert manifest(folder, "sft", "told")["metrics"]["continued_from_step"] == 4
+    run_in_two(folder, [*commands(folder, "untold")["sft"], "lora.dropout=0.2"])
+    for name, weight in weights(folder, "untold", "sft").items():
+        assert torch.equal(weight, weights(folder, "told", "sft")[name]), name
 
 
 @pytest.mark.slow

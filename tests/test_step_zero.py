@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from tiny_random import save_random_base, tokenizer
 from alignkit.core.config import ModelConfig
 from alignkit.core.errors import UserError
 from alignkit.training import step_zero, supervised
-from alignkit.training.batches import LengthGroupedSampler, planned_steps
+from alignkit.training.batches import LengthGroupedSampler, planned_steps, share
 from alignkit.training.step_zero import StepZero, largest_batch
 
 
@@ -86,6 +87,24 @@ def test_training_is_the_same_with_and_without_it(
     assert train(tmp_path / "without", without, settings) == found
     for name, weight in adapter_weights(without).items():
         assert torch.equal(weight, adapter_weights(with_it)[name]), name
+
+
+@pytest.mark.parametrize("enabled", ["is_deepspeed_enabled", "is_fsdp_enabled"])
+def test_where_weights_are_divided_it_says_that_it_is_left_out(enabled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(step_zero.LOG, "info", lines.append)
+    trainer: Any = SimpleNamespace(**{"is_deepspeed_enabled": False, "is_fsdp_enabled": False, enabled: True})
+    anything: Any = None
+    StepZero(trainer, anything).on_train_begin(anything, anything, anything)
+    assert lines == ["the largest batch is not tried before the first step: DeepSpeed and FSDP allow no such trial"]
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(0, [2, 0]), (1, [1])])
+def test_each_process_tries_the_largest_batch_of_its_own(rank: int, expected: list[int]) -> None:
+    """Steps of [0, 1, 2] and [3, 4, 5]: the turns are 0, 2 and 3, 5 for the first of two, 1 and 4 for the second."""
+    lengths = [7, 9, 8, 1, 2, 3]
+    batches = [batch for step in ([2, 1, 0], [3, 4, 5]) for batch in share(step, 4, rank, 2)]
+    assert largest_batch(batches, lengths, math.inf) == expected
 
 
 def test_too_little_memory_is_the_users_to_mend(

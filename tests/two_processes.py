@@ -2,7 +2,8 @@
 
 As a program (in each process): `two_processes.py FOLDER COMMANDS`, where COMMANDS is a JSON list of [stage, override,
 ...]. It writes ended-<rank>.json: the exit codes, and the files in FOLDER/runs that the process has opened to write.
-A command that starts with "fail:<rank>:<step>" fails in that process at the end of that step.
+A command that starts with "fail:<rank>:<step>" fails in that process at the end of that step; with
+"signal:<rank>:<step>" that process alone gets a SIGTERM before it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -86,9 +88,9 @@ def main(folder: Path, commands: Sequence[Sequence[str]]) -> None:
 
     sys.addaudithook(watch)
     for stage, *overrides in commands:
-        if overrides and overrides[0].startswith("fail:"):
-            _, rank, step = overrides.pop(0).split(":")
-            _fail_at(int(rank), int(step))
+        if overrides and overrides[0].startswith(("fail:", "signal:")):
+            what, rank, step = overrides.pop(0).split(":")
+            _disturb(what, int(rank), int(step))
         codes.append(run_command(stage, overrides))
         if torch.distributed.is_initialized() and codes[-1] == 0:
             torch.distributed.barrier()  # the next command reads what the main process still writes
@@ -97,8 +99,8 @@ def main(folder: Path, commands: Sequence[Sequence[str]]) -> None:
     sys.exit(codes[-1])
 
 
-def _fail_at(rank: int, at: int) -> None:
-    """Let the training of one process fail at the end of a step."""
+def _disturb(what: str, rank: int, at: int) -> None:
+    """Let the training of one process fail at the end of a step, or be told to stop."""
     from alignkit.core.errors import UserError
     from alignkit.training.callbacks import StepReport
 
@@ -106,7 +108,9 @@ def _fail_at(rank: int, at: int) -> None:
 
     def on_step_end(self: StepReport, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         if args.process_index == rank and state.global_step == at:
-            raise UserError("this process had enough")
+            if what == "fail":
+                raise UserError("this process had enough")
+            os.kill(os.getpid(), signal.SIGTERM)
         original(self, args, state, control, **keywords)
 
     StepReport.on_step_end = on_step_end  # type: ignore[method-assign]

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from alignkit.core.ranks import world_size
+
 LOG = logging.getLogger("alignkit")
 
 
@@ -35,13 +37,21 @@ class StopAtStepEnd(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals in this block. Outside the main thread, where Python gives none, it does nothing."""
+        """Take the signals in this block. Outside the main thread, where Python gives none, it does nothing.
+
+        When one of several processes fails, torchrun signals the others, which then lose their connection to it: that
+        is an interruption, too, and the first one tells why. Raises `KeyboardInterrupt` for it.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
+        except Exception as error:
+            if self.requested and not self.stopped and world_size() > 1:
+                raise KeyboardInterrupt from error
+            raise
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
