@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 import torch
 
 from alignkit.core.config import LoraConfig, LoraInit, ModelConfig, Quantization
-from alignkit.core.errors import UserError
+from alignkit.core.errors import UserError, first_line
 from alignkit.core.ranks import local_rank
 from alignkit.models import qwen_v1
 
@@ -70,7 +70,7 @@ def _find(model: ModelConfig) -> _Found:
         config, _ = PreTrainedConfig.get_config_dict(source, revision=model.revision)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.path={model.path}: no model could be read there ({_first_line(error)}). "
+            f"model.path={model.path}: no model could be read there ({first_line(error)}). "
             "Give 'embedded', a folder with config.json and safetensors weights, or a hub name."
         ) from error
     is_first_qwen = config.get("model_type") == "qwen"
@@ -159,7 +159,7 @@ def load_base(model: ModelConfig) -> PreTrainedModel:
     try:
         base = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=False, **keywords)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.path={model.path}: the model could not be loaded ({_first_line(error)})") from error
+        raise UserError(f"model.path={model.path}: the model could not be loaded ({first_line(error)})") from error
     assert isinstance(base, PreTrainedModel)
     if model.quantization is Quantization.nf4:
         _keep_4bit_weights_trainable(base)
@@ -191,7 +191,7 @@ def load_policy(model: ModelConfig, adapter: str | None, *, trainable: bool = Fa
     try:
         policy = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"adapter {folder} does not fit {model.path} ({_first_line(error)})") from error
+        raise UserError(f"adapter {folder} does not fit {model.path} ({first_line(error)})") from error
     _refuse_partial_adapter(folder, policy)
     policy.peft_config["default"].base_model_name_or_path = base.name_or_path
     return policy
@@ -239,7 +239,7 @@ def new_adapter(base: PreTrainedModel, lora: LoraConfig, targets: list[str]) -> 
     try:
         policy = get_peft_model(base, config)
     except ValueError as error:
-        raise UserError(f"model.lora_targets={targets}: {_first_line(error)}") from error
+        raise UserError(f"model.lora_targets={targets}: {first_line(error)}") from error
     return policy
 
 
@@ -321,7 +321,7 @@ def _refuse_damaged(folder: Path) -> None:
             pass
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{folder / ADAPTER_WEIGHTS}: damaged ({_first_line(error)}). Copy or train it again."
+            f"{folder / ADAPTER_WEIGHTS}: damaged ({first_line(error)}). Copy or train it again."
         ) from error
 
 
@@ -367,7 +367,3 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
