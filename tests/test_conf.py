@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from alignkit.core.app import accept_leading_plus, bracket_lists, load_config, split_flags
+from alignkit.core.app import accept_leading_plus, bracket_lists, load_config, run_command, split_flags
 from alignkit.core.config import StageConfig
 from alignkit.core.errors import UserError
 from alignkit.core.help import stage_keys
@@ -192,3 +192,21 @@ def test_lists_without_brackets_arrive() -> None:
     assert config.compare == ["random", "mods"]
     assert config.also == ["my rows.jsonl"]
     assert config.held_out == ["runs/a-b_c.jsonl", "x.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.learning_rate=-1", "train.learning_rate=-1.0: must be above 0"),
+        ("train.batch_size=0", "train.batch_size=0: must be at least 1"),
+        ("train.max_steps=0", "train.max_steps=0: must be at least 1, or -1"),
+        ("train.warmup_share=7", "train.warmup_share=7.0: must be from 0 to 1"),
+        ("train.eval_steps=-1", "train.eval_steps=-1: must be 0 or more"),
+        ("lora.rank=-4", "lora.rank=-4: must be at least 1"),
+        ("lora.dropout=2", "lora.dropout=2.0: must be from 0 up to, but not, 1"),
+        ("hardware.gpus=0", "hardware.gpus=0: must be at least 1"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_named(override: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("sft", ["data.path=rows.jsonl", override]) == 2
+    assert said in capsys.readouterr().err

@@ -189,7 +189,7 @@ def ready_command(job: Job, command: str, remedies: Sequence[str]) -> str:
 
     words = shlex.split(command)
     typed = words[2:] if words[:2] == ["alignkit", "preflight"] else [f"model={job.model.name}"]
-    ours = {"run", "name", "output_dir", "force", *(_key(each) for each in remedies)}
+    ours = {"name", "output_dir", "force", *(_key(each) for each in remedies)}
     known = {key.name for key in stage_keys(job.stage)} | set(default_groups(job.stage)) | {"experiment"}
     known -= set() if job.stage == "sft" else {"data.path", "data.skip", "data.limit"}
     kept = [each for each in typed if _key(each) in known - ours]

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, Optional
 
+from alignkit.core.errors import UserError
+
 MISSING: Any = "???"
 """A value that must be given. The mark is omegaconf's, which is not imported here: that takes a tenth of a second."""
 
@@ -191,6 +193,12 @@ class LoraConfig:
     """Where a new adapter starts; pissa (arXiv 2404.02948) learns faster, and is saved as a plain adapter of twice the
     rank."""
 
+    def __post_init__(self) -> None:
+        """Raise `UserError` for numbers that mean nothing."""
+        _require(f"lora.rank={self.rank}", self.rank >= 1, "at least 1")
+        _require(f"lora.alpha={self.alpha}", self.alpha >= 1, "at least 1")
+        _require(f"lora.dropout={self.dropout}", 0 <= self.dropout < 1, "from 0 up to, but not, 1")
+
 
 @dataclass
 class TrainConfig:
@@ -237,6 +245,25 @@ class TrainConfig:
     """Where figures go besides loss.jsonl; tensorboard writes event files into the run folder, nothing leaves the
     machine."""
 
+    def __post_init__(self) -> None:
+        """Raise `UserError` for numbers that mean nothing."""
+        _require(f"train.max_steps={self.max_steps}", self.max_steps >= 1 or self.max_steps == -1, "at least 1, or -1")
+        for name in ("batch_size", "gradient_accumulation", "max_batch_tokens", "logging_steps", "save_steps"):
+            value = getattr(self, name)
+            _require(f"train.{name}={value}", value >= 1, "at least 1")
+        for name in ("learning_rate", "epochs", "divergence"):
+            value = getattr(self, name)
+            _require(f"train.{name}={value}", value is None or value > 0, "above 0")
+        for name in ("weight_decay", "max_grad_norm", "neftune_alpha", "eval_steps", "patience", "sample_prompts"):
+            value = getattr(self, name)
+            _require(f"train.{name}={value}", value is None or value >= 0, "0 or more")
+        _require(f"train.warmup_share={self.warmup_share}", 0 <= self.warmup_share <= 1, "from 0 to 1")
+
+
+def _require(setting: str, holds: bool, wanted: str) -> None:
+    if not holds:
+        raise UserError(f"{setting}: must be {wanted}")
+
 
 @dataclass
 class HardwareConfig:
@@ -253,6 +280,13 @@ class HardwareConfig:
     """How many train side by side, for preflight's estimates; a training counts the processes that torchrun starts."""
     enforce: bool = True
     """Stop before loading a model that is estimated not to fit; false only warns."""
+
+    def __post_init__(self) -> None:
+        """Raise `UserError` for numbers that mean nothing."""
+        _require(f"hardware.gpus={self.gpus}", self.gpus >= 1, "at least 1")
+        for name in ("memory_gib", "bf16_tflops", "bandwidth_gb_per_s"):
+            value = getattr(self, name)
+            _require(f"hardware.{name}={value}", value is None or value > 0, "above 0")
 
 
 @dataclass

@@ -7,6 +7,7 @@ another, and then takes the main one's figure, so that all decide alike; the mai
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from alignkit.training.randomness import random_state_kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
+
+LOG = logging.getLogger("alignkit")
 
 LOSS = "held_out_loss"
 BEST_WEIGHTS = "best.safetensors"
@@ -133,6 +136,7 @@ class HeldOut(TrainerCallback):
             model.train()
         control.should_log = wants_log  # which the log line of the held-out loss has taken for served
         measured = measurements(state.log_history)
+        LOG.info("held-out loss %.4f after step %d", measured[-1].loss, state.global_step)
         if self._train.keep is Keep.best and best_of(measured).step == state.global_step:
             self._best = {name: weight.detach().cpu().clone() for name, weight in self._trainable().items()}
         if self._train.patience and without_improvement(measured) >= self._train.patience:
@@ -152,6 +156,7 @@ class HeldOut(TrainerCallback):
         measured = measurements(self._trainer.state.log_history)
         best, last = best_of(measured), measured[-1]
         kept = best if self._train.keep is Keep.best else last
+        LOG.info("kept: the weights of step %d, held-out loss %.4f", kept.step, kept.loss)
         with torch.no_grad():
             for name, weight in self._trainable().items():
                 if self._train.keep is Keep.best:
