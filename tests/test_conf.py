@@ -197,7 +197,7 @@ def test_lists_without_brackets_arrive() -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("train.learning_rate=-1", "train.learning_rate=-1.0: must be above 0"),
+        ("train.learning_rate=-1", "train.learning_rate=-1.0: must be 0 or more"),
         ("train.batch_size=0", "train.batch_size=0: must be at least 1"),
         ("train.max_steps=0", "train.max_steps=0: must be at least 1, or -1"),
         ("train.warmup_share=7", "train.warmup_share=7.0: must be from 0 to 1"),

@@ -251,10 +251,11 @@ class TrainConfig:
         for name in ("batch_size", "gradient_accumulation", "max_batch_tokens", "logging_steps", "save_steps"):
             value = getattr(self, name)
             _require(f"train.{name}={value}", value >= 1, "at least 1")
-        for name in ("learning_rate", "epochs", "divergence"):
+        for name in ("epochs", "divergence"):
             value = getattr(self, name)
             _require(f"train.{name}={value}", value is None or value > 0, "above 0")
-        for name in ("weight_decay", "max_grad_norm", "neftune_alpha", "eval_steps", "patience", "sample_prompts"):
+        counts = ("eval_steps", "patience", "sample_prompts")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "neftune_alpha", *counts):
             value = getattr(self, name)
             _require(f"train.{name}={value}", value is None or value >= 0, "0 or more")
         _require(f"train.warmup_share={self.warmup_share}", 0 <= self.warmup_share <= 1, "from 0 to 1")
