@@ -272,11 +272,15 @@ def test_steps_that_wait_for_each_other_are_named(tmp_path: Path) -> None:
         list(execute(made, 1, tmp_path / "logs"))
 
 
-def test_a_real_step_is_the_command_a_user_would_type(tmp_path: Path) -> None:
+@pytest.mark.parametrize("forked", [True, False])
+def test_a_real_step_is_the_command_a_user_would_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: bool
+) -> None:
     """The command, the folder, the log and the message of a step that has nothing to read."""
     path = tmp_path / 'it\'s, "odd"' / "gone.jsonl"
     path.parent.mkdir()
     path.write_text("no json\n", encoding="utf-8")
+    monkeypatch.setattr(steps, "can_fork", lambda: forked)
     step = make_step("select", "select", [*settings("data.path", str(path)), f"output_dir={tmp_path / 'out'}"])
     with pytest.raises(UserError, match=r"step .*/select failed \(exit 2\): .*gone\.jsonl:1"):
         list(execute([step], 1, tmp_path / "logs"))

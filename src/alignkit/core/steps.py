@@ -6,6 +6,7 @@ resumes after a kill where its steps do.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -23,6 +24,7 @@ from alignkit.core.app import load_config
 from alignkit.core.artifact import Artifact, input_paths, read_manifest
 from alignkit.core.config import StageConfig
 from alignkit.core.errors import UserError
+from alignkit.core.fork_server import ForkedProcess, can_fork
 from alignkit.core.manifest import replace_text
 from alignkit.core.process import PARENT
 
@@ -100,7 +102,11 @@ def execute(steps: Sequence[Step], workers: int, logs: Path) -> Iterator[tuple[S
     """
     if workers < 1:
         raise UserError(f"workers={workers}: must be at least 1")
-    waiting, running, done = list(steps), dict[Path, tuple[Step, subprocess.Popen[bytes]]](), set[Path]()
+    waiting, running, done = (
+        list(steps),
+        dict[Path, tuple[Step, subprocess.Popen[bytes] | ForkedProcess]](),
+        set[Path](),
+    )
     peak = 0
     try:
         while waiting or running:
@@ -116,13 +122,14 @@ def execute(steps: Sequence[Step], workers: int, logs: Path) -> Iterator[tuple[S
             if not running and waiting and not any(s.needs <= done for s in waiting):
                 raise UserError(f"steps wait for each other: {', '.join(step.label for step in waiting)}")
             time.sleep(0.1)
-            peak = max(peak, _resident_bytes([process.pid for _, process in running.values()]))
+            peak = max(peak, _resident_bytes())
             for folder, (step, process) in list(running.items()):
-                if process.poll() is None:
+                code = process.poll()
+                if code is None:
                     continue
                 del running[folder]
-                if process.returncode != 0:
-                    raise UserError(_failure(step, logs, process.returncode))
+                if code != 0:
+                    raise UserError(_failure(step, logs, code))
                 done.add(folder)
                 yield step, peak
     finally:
@@ -138,15 +145,20 @@ def describe(step: Step) -> str:
     return f"{step.label:34s} {manifest.get('seconds', 0):6.1f} s  {manifest.get('summary', '')}"
 
 
-def _start(step: Step, workers: int, logs: Path) -> subprocess.Popen[bytes]:
+def _start(step: Step, workers: int, logs: Path) -> subprocess.Popen[bytes] | ForkedProcess:
     """Start a step as the command a user would type; its output goes to a file in `logs`."""
     threads = max(1, int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1) // workers)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", PARENT: str(os.getpid())}
+    environment = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     logs.mkdir(parents=True, exist_ok=True)
+    if can_fork():
+        return ForkedProcess(f"alignkit.{step.stage}", step.overrides, environment, _log_file(step, logs))
     with _log_file(step, logs).open("wb") as log:
-        command = [sys.executable, "-m", f"alignkit.{step.stage}", *step.overrides]
         return subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+            [sys.executable, "-m", f"alignkit.{step.stage}", *step.overrides],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | environment | {PARENT: str(os.getpid())},
         )
 
 
@@ -163,18 +175,14 @@ def _failure(step: Step, logs: Path, code: int) -> str:
     return f"step {step.label} failed (exit {code}): {said.removeprefix('error: ')} -- whole output: {log}"
 
 
-def _resident_bytes(pids: Sequence[int]) -> int:
-    """Resident memory of this process, and of these and their children, together."""
+def _resident_bytes() -> int:
+    """Resident memory of this process and of all below it, together; pages that forks share count for each."""
     import psutil
 
     total = 0
-    for pid in [os.getpid(), *pids]:
-        try:
-            process = psutil.Process(pid)
-            family = [process] if pid == os.getpid() else [process, *process.children(recursive=True)]
-            total += sum(member.memory_info().rss for member in family)
-        except psutil.NoSuchProcess:
-            continue
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += process.memory_info().rss
     return total
 
 
