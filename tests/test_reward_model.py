@@ -14,8 +14,9 @@ from tiny_random import conversation, random_model, save_random_base, tokenizer,
 from alignkit.core.config import LoraConfig, ModelConfig
 from alignkit.core.errors import UserError
 from alignkit.data.chat import encode_conversation
+from alignkit.models.conversations import encode_answers
 from alignkit.models.loading import load_base, load_policy, new_adapter
-from alignkit.models.reward_model import RewardModel, encode_answers
+from alignkit.models.reward_model import RewardModel
 from alignkit.models.value_head import PromptGroup, ValueHeadModel, collate, visible
 from alignkit.scoring.reward import RewardScorer
 

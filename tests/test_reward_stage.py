@@ -27,14 +27,15 @@ from alignkit.models.loading import load_base, load_policy, new_adapter
 from alignkit.models.reward_model import RewardModel
 from alignkit.models.value_head import ValueHeadModel
 from alignkit.reward import RewardConfig
+from alignkit.training.judges import GradeStatistics, JudgeScales, grade_statistics, regression_loss
 from alignkit.training.reward import (
     EncodedGroup,
     Objective,
     _Collator,
     bradley_terry_loss,
+    centering_loss,
     encode_group,
     ranked_right,
-    regression_loss,
     train_reward_model,
 )
 from alignkit.training.reward_data import (
@@ -42,7 +43,6 @@ from alignkit.training.reward_data import (
     Comparison,
     LeftOut,
     compare,
-    grade_statistics,
     groups_from_grades,
     groups_from_preferences,
     split_by_prompt,
@@ -67,13 +67,33 @@ def test_bradley_terry_loss_by_hand() -> None:
     assert float(bradley_terry_loss(better, worse, margins, uneven)) == pytest.approx(expected, abs=1e-6)
 
 
+def test_centering_loss_by_hand() -> None:
+    better, worse = torch.tensor([1.0, 0.5]), torch.tensor([0.0, -1.0])
+    assert float(centering_loss(better, worse, torch.tensor([0.75, 0.25]))) == 0.75 * 1 + 0.25 * 0.25
+
+
 def test_regression_loss_by_hand() -> None:
-    scores, targets = torch.tensor([1.0, 3.0, 9.0], requires_grad=True), torch.tensor([0.0, 5.0, float("nan")])
-    loss = regression_loss(scores, targets, torch.tensor([0.5, 0.25, 0.25]))
+    scores, targets = torch.tensor([[1.0], [3.0], [9.0]], requires_grad=True), torch.tensor([[0.0], [5.0], [math.nan]])
+    loss = regression_loss(scores, targets, torch.tensor([[0.5], [0.25], [0.25]]))
     assert loss.item() == 0.5 * 1 + 0.25 * 4
     loss.backward()
     assert scores.grad is not None
-    assert scores.grad.tolist() == [1.0, -1.0, 0.0]  # an answer without a grade pulls nowhere
+    assert scores.grad[:, 0].tolist() == [1.0, -1.0, 0.0]  # an answer without a grade pulls nowhere
+
+
+def test_each_judge_has_its_own_scale() -> None:
+    statistics = grade_statistics([("strict", 1.0), ("kind", 9.0), ("strict", 3.0), ("kind", 9.0)])
+    assert statistics == {"strict": GradeStatistics(2.0, 1.0, 2), "kind": GradeStatistics(9.0, 1.0, 2)}
+    judges = JudgeScales(statistics | {"wide": GradeStatistics(5.0, 4.0, 7)})
+    assert (judges.standardised("strict", 3.0), judges.standardised("wide", 3.0)) == (1.0, -0.5)
+    scores, of = torch.tensor([[1.0, -2.0], [0.5, 0.0]]), torch.tensor([2, 0])
+    assert torch.equal(judges(scores, of), scores)  # untrained: a score is a standardised grade
+    judges.adjustments.data = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.5, -0.25]])
+    assert judges(scores, of).tolist() == [[1.25, -3.25], [0.5, 0.0]]
+    found = judges.describe()
+    assert found["wide"] == {"scale": 4 * 1.5, "offset": 5 - 4 * 0.25, "grades": 7}
+    # the two ways of saying it agree: a score of 1 is a grade of 6 + 4 = 10, which is (10 - 5) / 4 standardised
+    assert judges.standardised("wide", found["wide"]["scale"] * 1.0 + found["wide"]["offset"]) == 1.25
 
 
 def test_every_two_grades_far_enough_apart_make_a_comparison() -> None:
@@ -90,7 +110,8 @@ def graded(id: str, *grades: tuple[str, float | None], **fields: Any) -> Complet
 def test_equal_texts_count_once_and_unfinished_ones_not_at_all() -> None:
     row = graded("a", ("x", 10.0), ("y", 2.0), ("x", 8.0), ("none", None), kind="judgmental")
     row.completions.append(Completion(text="cut", model="m", score=0.0, finished=False))
-    (group,), dropped, left_out = groups_from_grades([row], min_margin=1.0, pairs_per_prompt=9, seed=1)
+    left_out = LeftOut()
+    (group,), dropped = groups_from_grades([row], min_margin=1.0, pairs_per_prompt=9, seed=1, left_out=left_out)
     assert (group.answers, group.grades) == (("x", "y"), (9.0, 2.0))
     assert group.comparisons == (Comparison(0, 1, 7.0),)
     assert (group.source, dropped) == ("graded judgmental", [])
@@ -103,7 +124,8 @@ def test_rows_without_a_pair_are_dropped_and_pairs_are_capped() -> None:
         graded("none", ("x", None)),
         graded("many", *((str(n), float(n)) for n in range(6))),
     ]
-    groups, dropped, left_out = groups_from_grades(rows, min_margin=1.0, pairs_per_prompt=4, seed=1)
+    left_out = LeftOut()
+    groups, dropped = groups_from_grades(rows, min_margin=1.0, pairs_per_prompt=4, seed=1, left_out=left_out)
     assert [(each.row["id"], each.reason) for each in dropped] == [
         ("same", "no two completions differ by min_margin"),
         ("none", "no graded completion"),
@@ -111,7 +133,7 @@ def test_rows_without_a_pair_are_dropped_and_pairs_are_capped() -> None:
     assert len(groups[0].comparisons) == 4
     assert set(groups[0].comparisons) < set(compare([float(n) for n in range(6)], 1.0))
     assert left_out == LeftOut(unfinished=0, ungraded=1, comparisons=15 - 4)
-    again, _, _ = groups_from_grades(rows, min_margin=1.0, pairs_per_prompt=4, seed=1)
+    again, _ = groups_from_grades(rows, min_margin=1.0, pairs_per_prompt=4, seed=1, left_out=LeftOut())
     assert again == groups
 
 
@@ -147,14 +169,12 @@ def test_answers_that_cannot_be_read_leave_the_group() -> None:
     long = AnswerGroup(
         "x", "a", tuple(user("q")), ("no", "Oslo " * 300, "yes"), (5.0, 0.0, 7.0), tuple(compare([5.0, 0.0, 7.0], 1.0))
     )
-    found, unreadable = encode_group(tokenizer(), long, 256, mean=6.0, deviation=2.0)
+    found, unreadable = encode_group(tokenizer(), long, 256)
     assert found is not None
     assert found.comparisons == (Comparison(1, 0, 2.0),)
-    assert found.targets == (-0.5, 0.5)
+    assert found.grades == (5.0, 7.0)
     assert [answer.split()[0] for answer in unreadable] == ["Oslo"]
     assert encode_group(tokenizer(), replace(long, comparisons=(Comparison(0, 1, 5.0),)), 256)[0] is None
-    assert grade_statistics([long]) == pytest.approx((4.0, (26 / 3) ** 0.5))
-    assert grade_statistics([]) == (0.0, 1.0)
 
 
 # -- training --------------------------------------------------------------------------------------------------------
@@ -172,7 +192,7 @@ def new_model(base: ModelConfig) -> RewardModel:
 
 
 def encoded(base: ModelConfig, groups: Sequence[AnswerGroup]) -> list[EncodedGroup]:
-    found = [encode_group(tokenizer(), each, base.max_length, *grade_statistics(groups))[0] for each in groups]
+    found = [encode_group(tokenizer(), each, base.max_length)[0] for each in groups]
     return [each for each in found if each is not None]
 
 
@@ -193,6 +213,7 @@ def test_one_pass_over_a_group_gives_the_loss_and_gradients_of_separate_pairs(ba
     pairs = inputs.pop("pairs")
     assert len(pairs) == 12
     scores = model.module(**{name: inputs[name] for name in ("input_ids", "segments", "position_ids", "last")})
+    assert scores.shape == (8, 1)
     bradley_terry_loss(scores[pairs[:, 0]], scores[pairs[:, 1]], 0.0, inputs["pair_weights"]).backward()
     shared = {name: weight.grad.clone() for name, weight in model.module.named_parameters() if weight.grad is not None}
 
@@ -230,7 +251,7 @@ def test_every_prompt_weighs_the_same_however_a_step_is_cut(base: ModelConfig, t
         ),
     ]
     weights = _Collator(0, base.max_length)(encoded(base, rows))["pair_weights"]
-    assert weights.tolist() == pytest.approx([1 / 4] + [1 / 12] * 9)
+    assert weights[:, 0].tolist() == pytest.approx([1 / 4] + [1 / 12] * 9)
     trained = []
     for batch_size in (1, 4):
         model = new_model(base)
@@ -308,9 +329,7 @@ def test_regression_pulls_scores_to_the_grades(base: ModelConfig, tmp_path: Path
     with open_artifact(tmp_path / "run") as artifact:
         train_reward_model(model, rows, Objective(regress_weight=5.0), replace(TRAIN, epochs=8.0), 1, artifact)
     raw = torch.tensor(model.raw_scores([each.tokens for each in rows]))
-    targets = torch.tensor([each.targets for each in rows])
-    assert targets[0].tolist() == [1.0, -1.0]
-    assert float((raw - targets).abs().mean()) < 0.3
+    assert float((raw - torch.tensor([1.0, -1.0])).abs().mean()) < 0.3
 
 
 # -- the stage -------------------------------------------------------------------------------------------------------
@@ -371,7 +390,7 @@ def test_the_stage_trains_measures_saves_and_checks(base: ModelConfig, tmp_path:
     assert held_out["all"]["mean"] > 0.9
     assert held_out["all"]["n"] == 14
     assert held_out["hh-rlhf"]["low"] < held_out["hh-rlhf"]["mean"]  # two pairs prove little
-    assert artifact.dropped == {"no two completions differ by min_margin": 1}
+    assert artifact.dropped == {"all completions have the same grade": 1}
     assert metrics["completions_left_out"] == {"unfinished": 0, "ungraded": 0}
     assert metrics["comparisons_left_out"] == 0
     files = (

@@ -426,7 +426,7 @@ def test_a_wrong_row_is_one_clear_message(tmp_path: Path, rows: list[dict[str, A
 def test_a_wrong_dialogue_is_one_clear_message(tmp_path: Path) -> None:
     for row, problem in (
         ({"chosen": dialogue("q", "a"), "rejected": 3}, "rejected: Input should be a valid string (found 3)"),
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "prompt: Input should be a valid list"),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt: Input should be a valid list"),
         ({"chosen": dialogue("q", "a")}, "the fields chosen are of no format that fits"),
     ):
         config = rows_of(tmp_path / "a.jsonl", [row])
