@@ -45,6 +45,7 @@ from alignkit.training.reward_data import (
     compare,
     groups_from_grades,
     groups_from_preferences,
+    source_weights,
     split_by_prompt,
 )
 
@@ -280,6 +281,23 @@ def test_training_learns_what_is_better_and_checkpoints_hold_no_base(base: Model
     assert float(scores.std(correction=0)) == pytest.approx(1.0, abs=1e-3)
 
 
+def test_the_head_can_learn_at_a_rate_of_its_own(base: ModelConfig, tmp_path: Path) -> None:
+    rows = encoded(base, [group(n) for n in range(4)])
+    moved = []
+    for rate in (None, TRAIN.learning_rate, 1e-4):
+        model = new_model(base)
+        before = model.module.value_head.weight.detach().clone()
+        with open_artifact(tmp_path / str(rate)) as artifact:
+            train = replace(TRAIN, max_steps=1, logging_steps=1)
+            losses = train_reward_model(model, rows, Objective(), train, 1, artifact, rate)
+        moved.append(model.module.value_head.weight.detach() - before)
+        assert losses[0]["learning_rate"] == TRAIN.learning_rate
+    assert torch.equal(moved[0], moved[1])
+    # AdamW's first step is the learning rate in the direction of each gradient's sign
+    assert float(moved[0].abs().median()) == pytest.approx(1e-2, rel=1e-3)
+    assert float(moved[2].abs().median()) == pytest.approx(1e-4, rel=1e-3)
+
+
 def test_gradient_checkpointing_changes_nothing_but_memory(base: ModelConfig, tmp_path: Path) -> None:
     rows = encoded(base, [group(number) for number in range(8)])
     losses = []
@@ -295,9 +313,10 @@ def test_an_interrupted_training_ends_with_the_same_weights(
     base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = encoded(base, [group(n) for n in range(12)])
+    objective = Objective(0.01, 0.5, 0.01)  # a judge's scale is learned along and has to resume, too
     whole = new_model(base)
     with open_artifact(tmp_path / "whole") as artifact:
-        expected = train_reward_model(whole, rows, Objective(), TRAIN, 1, artifact)
+        expected = train_reward_model(whole, rows, objective, TRAIN, 1, artifact)
 
     forward, calls = ValueHeadModel.forward, 0
 
@@ -310,11 +329,11 @@ def test_an_interrupted_training_ends_with_the_same_weights(
 
     monkeypatch.setattr(ValueHeadModel, "forward", dies)
     with pytest.raises(KeyboardInterrupt), open_artifact(tmp_path / "cut") as artifact:
-        train_reward_model(new_model(base), rows, Objective(), TRAIN, 1, artifact)
+        train_reward_model(new_model(base), rows, objective, TRAIN, 1, artifact)
     calls = 100
     resumed = new_model(base)
     with open_artifact(tmp_path / "cut") as artifact:
-        losses = train_reward_model(resumed, rows, Objective(), TRAIN, 1, artifact)
+        losses = train_reward_model(resumed, rows, objective, TRAIN, 1, artifact)
     assert calls == 106  # step 0, and the five of nine steps that were left
     assert [row["loss"] for row in losses] == [row["loss"] for row in expected]
     for (name, weight), (_, other) in zip(
@@ -432,6 +451,86 @@ def test_preferences_alone_and_nothing_at_all(base: ModelConfig, tmp_path: Path)
     manifest = read_manifest(tmp_path / "reward")
     assert manifest is not None
     assert manifest["status"] == "failed"
+
+
+def test_sources_by_name_with_their_weights(base: ModelConfig, tmp_path: Path) -> None:
+    half = [
+        {**row, "completions": [{**each, "score": each["score"] / 2} for each in row["completions"]]}
+        for row in scored_rows(20)[:-1]
+    ]
+    sources = {"other": write(tmp_path / "other.jsonl", half), "human": write(tmp_path / "human.jsonl", hh_rows(5))}
+    weights = {"graded": 0.5, "graded judgmental": 0.25, "human": 2.0}
+    config = configure(base, tmp_path, sources=sources, weights=weights, regress_weight=0.5, min_margin=0.5)
+    artifact = reward.run(config)
+    graded = {f"{judge} {kind}" for judge in ("graded", "other") for kind in ("judgmental", "non_judgmental")}
+    assert graded | {"hh-rlhf", "human"} < set(artifact.metrics["train_accuracy"])
+    # Both judges grade the same answers, one in half the numbers: 9, 5, 1 have mean 5 and deviation sqrt(32 / 3).
+    judges = artifact.metrics["judges"]
+    assert set(judges) == {"graded", "other"}
+    assert judges["graded"]["scale"] / judges["other"]["scale"] == pytest.approx(2, abs=0.2)
+    assert judges["graded"]["scale"] == pytest.approx((32 / 3) ** 0.5, rel=0.3)
+    assert judges["graded"]["offset"] - judges["other"]["offset"] == pytest.approx(2.5, abs=0.5)
+    assert {path["key"] for path in artifact.inputs} > {"sources.other", "sources.human"}
+    model = RewardModel.from_pretrained(tmp_path / "reward")
+    assert not [name for name, _ in model.module.named_parameters() if "judges" in name]
+
+    with pytest.raises(
+        UserError, match=r"weights\.grades: no source of that name; there are graded, .*, hh-rlhf, human"
+    ):
+        reward.run(replace(config, weights={"grades": 1.0}))
+    with pytest.raises(UserError, match=r"weights\.human=0\.0: must be above 0"):
+        reward.run(replace(config, weights={"human": 0.0}))
+
+
+def test_a_source_counts_as_its_weight_says(base: ModelConfig) -> None:
+    groups = [group(0), group(1, "b"), group(2, "rewardbench/chat")]
+    weights = source_weights(groups, {"a": 0.5, "rewardbench": 3.0})
+    assert weights == {"a": 0.5, "b": 1.0, "rewardbench/chat": 3.0}
+    rows = [encode_group(tokenizer(), each, base.max_length, (weights[each.source],))[0] for each in groups]
+    inputs = _Collator(0, base.max_length)([row for row in rows if row is not None])
+    assert inputs["pair_weights"][:, 0].tolist() == pytest.approx([0.5 / 3, 1 / 3, 3 / 3])
+
+
+@pytest.mark.parametrize(
+    ("grades", "message"),
+    [
+        ([(GOOD, 9.0)], r"2 x one graded completion, .* \(sample several a prompt: sampling\.n=4\)"),
+        ([(GOOD, 9.0), (GOOD, 3.0)], "2 x one graded completion"),
+        ([(GOOD, 5.0), (BAD, 5.0)], r"2 x all completions have the same grade \(a judge that says the same"),
+        ([(GOOD, 5.0), (BAD, 5.5)], r"2 x no two completions differ by min_margin \(lower min_margin=1\)"),
+        ([(GOOD, None), (BAD, None)], r"2 x no graded completion \(run judge on them first\)"),
+        ([], r"none of its 2 rows can be used \(no completions\)"),
+    ],
+)
+def test_grades_that_make_no_pair_are_told_by_their_reason(
+    base: ModelConfig, tmp_path: Path, grades: list[tuple[str, float | None]], message: str
+) -> None:
+    rows = [graded(id, *grades).model_dump() for id in ("a", "b")]
+    data = RowsConfig(path=write(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(UserError, match=message):
+        reward.run(configure(base, tmp_path, data=data, preferences=RowsConfig(path="none")))
+
+
+def test_a_regression_needs_grades(base: ModelConfig, tmp_path: Path) -> None:
+    nothing = RowsConfig(path="none")
+    with pytest.raises(UserError, match=r"regress_weight=0\.5: no answer has a grade"):
+        reward.run(configure(base, tmp_path, data=nothing, regress_weight=0.5))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("center_weight", -1.0, "must be 0 or more"),
+        ("regress_weight", math.nan, "must be 0 or more"),
+        ("heads", 0, "must be at least 1"),
+        ("head_learning_rate", 0.0, "must be above 0"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(
+    base: ModelConfig, tmp_path: Path, key: str, value: Any, message: str
+) -> None:
+    with pytest.raises(UserError, match=f"{key}={value}: {message}"):
+        configure(base, tmp_path, **{key: value})
 
 
 def test_a_saved_model_that_scores_differently_stops_the_stage(

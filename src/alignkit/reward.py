@@ -155,6 +155,7 @@ def run(config: RewardConfig) -> Artifact:
         if config.heads > 1:
             heads = reward_model.head_scores([each.tokens for each in train])
             reward_model.balance_heads([answer for group in heads for answer in group])
+            artifact.metrics["held_out_accuracy_of_heads"] = accuracy_of_heads(reward_model, held_out)
         train_scores, held_out_scores = (
             reward_model.raw_scores([each.tokens for each in encoded]) for encoded in (train, held_out)
         )
@@ -333,6 +334,19 @@ def accuracy(groups: Sequence[EncodedGroup], scores: Sequence[Sequence[float]]) 
             found[name] = bootstrap_mean([float(right) for _, right in pairs], prompts)
         elif pairs:
             found[name] = wilson(sum(right for _, right in pairs), len(pairs))
+    return found
+
+
+def accuracy_of_heads(reward_model: RewardModel, groups: Sequence[EncodedGroup]) -> list[float]:
+    """Share of pairs that each head alone ranks right: what the ensemble adds is the distance to their mean."""
+    from alignkit.training.reward import ranked_right
+
+    found = []
+    scores = reward_model.head_scores([each.tokens for each in groups])
+    for head in range(len(reward_model.head_offsets)):
+        right = ranked_right(groups, [[answer[head] for answer in group] for group in scores])
+        outcomes = [each for group in right for each in group]
+        found.append(sum(outcomes) / max(1, len(outcomes)))
     return found
 
 
