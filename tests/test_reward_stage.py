@@ -577,7 +577,10 @@ def test_accuracy_resamples_prompts_not_rows(base: ModelConfig) -> None:
 
 
 def test_the_shipped_configuration_composes() -> None:
-    config = load_config("reward", ["run=x", "+model=qwen7b", "preferences.path=hh.jsonl"])
+    more = ["sources={other: b.jsonl}", "weights={graded: 1, hh-rlhf: 0.5, rewardbench/hep-cpp: 2}", "heads=4"]
+    config = load_config("reward", ["run=x", "+model=qwen7b", "preferences.path=hh.jsonl", *more])
     assert isinstance(config, RewardConfig)
+    assert (config.sources, config.heads) == ({"other": "b.jsonl"}, 4)
+    assert config.weights == {"graded": 1.0, "hh-rlhf": 0.5, "rewardbench/hep-cpp": 2.0}
     assert (config.data.path, config.preferences.limit) == ("runs/x/judge/scored.jsonl", 8000)
     assert config.adapter == "runs/x/sft/adapter"

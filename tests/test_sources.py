@@ -565,6 +565,18 @@ def test_the_real_hh_rlhf_rows_split_into_prompt_and_answers() -> None:
         assert rebuilt == texts[int(pair.id.rpartition("-")[2]) - 1]
 
 
+def test_real_dialogues_cut_in_two_give_the_same_pairs(tmp_path: Path) -> None:
+    """As full-hh-rlhf cuts them: the prompt ends behind the last marker."""
+    rows = real("hh-rlhf", "harmless-base-test-1500.jsonl")
+    cut = []
+    for number, line in enumerate(Path(rows.path).read_text(encoding="utf-8").splitlines(), 1):
+        sides = {name: text.rpartition("\n\nAssistant:") for name, text in json.loads(line).items()}
+        prompt = sides["chosen"][0] + sides["chosen"][1]
+        answers = {name: answer for name, (_, _, answer) in sides.items()}
+        cut.append({"id": f"{Path(rows.path).stem}-{number}", "prompt": prompt, **answers})
+    assert read_preferences(rows_of(tmp_path / "full.jsonl", cut))[0] == read_preferences(rows)[0]
+
+
 def test_the_real_alpaca_and_self_instruct_rows_are_all_usable() -> None:
     alpaca, dropped = read_examples(real("mods", "example.json"))
     assert (len(alpaca), len(dropped)) == (100, 0)

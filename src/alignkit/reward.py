@@ -2,19 +2,25 @@
 
 It is the policy's base and adapter with a linear value head on the last hidden state, read at an answer's end-of-turn
 token. Within a prompt every two completions whose grades differ by min_margin are a pair; rows of hh-rlhf or other
-pairs can be mixed in. A share of prompts is held out, and the accuracy on their pairs is the number to look at. After
-training the saved model is loaded again and must give the same scores.
+pairs, and grades of other judges, can be mixed in. A share of prompts is held out, and the accuracy on their pairs is
+the number to look at. After training the saved model is loaded again and must give the same scores. docs/reward.md has
+the whole story.
 
 Reads:   data.path               completions with grades (none: train on preferences alone)
-         preferences.path        preference pairs, ours or hh-rlhf (none: not used)
+         preferences.path        preference pairs: ours, TRL's, hh-rlhf, full-hh-rlhf, RewardBench (none: not used)
+         sources                 more files of either sort, by name (optional)
          adapter                 the adapter to start from; null starts from the base with a new one
 Writes:  adapter/, value_head.safetensors, reward_config.json     the run folder is the reward model
          loss.jsonl, dropped.jsonl
 
 Overrides people use:
   preferences.path=hh-rlhf.jsonl preferences.limit=8000   mix in human preferences
+  'sources={other_judge: scored.jsonl}'                   more grades or pairs, by the name of their source
+  'weights={graded: 1, hh-rlhf: 0.5}'                     how much each source counts
   min_margin=2                                            only clear differences
   train.epochs=2 train.learning_rate=2e-4                 how long and how fast
+  heads=4                                                 an ensemble, whose disagreement measures doubt
+  center_weight=0.01 regress_weight=0.1 margin_weight=0.1 further terms of the loss
   held_out_share=0.2                                      prompts kept for measuring
   adapter=runs/mine/sft/adapter                           where it starts
 

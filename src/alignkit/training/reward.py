@@ -42,7 +42,7 @@ class Objective:
     `margin_weight`: demand a score difference of this times the grader's margin (Touvron et al., 2023, arXiv
     2307.09288, equation 2). `regress_weight`: weight of the squared distance between an answer's grade and what its
     score stands for with this judge (`training.judges`). `center_weight`: weight of the squared sum of a pair's scores
-    (Eisenstein et al., 2023, arXiv 2312.09244, section 2), which keeps scores of all prompts around 0.
+    (Eisenstein et al., 2023, arXiv 2312.09244, equation 2), which keeps scores of all prompts around 0.
     """
 
     margin_weight: float = 0.0
