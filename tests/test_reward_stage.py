@@ -281,6 +281,32 @@ def test_training_learns_what_is_better_and_checkpoints_hold_no_base(base: Model
     assert float(scores.std(correction=0)) == pytest.approx(1.0, abs=1e-3)
 
 
+def test_a_regression_learns_from_prompts_that_make_no_pair(base: ModelConfig, tmp_path: Path) -> None:
+    rows = [graded(f"row-{n}", *([(GOOD, 9.0)] if n % 2 else [(BAD, 1.0)])) for n in range(8)]
+    groups, dropped = groups_from_grades(
+        [*rows, graded("none", (GOOD, None))],
+        min_margin=1.0,
+        pairs_per_prompt=4,
+        seed=1,
+        left_out=LeftOut(),
+        pointwise=True,
+    )
+    assert (len(groups), [each.reason for each in dropped]) == (8, ["no graded completion"])
+    assert encode_group(tokenizer(), groups[0], base.max_length)[0] is None
+    found = [encode_group(tokenizer(), each, base.max_length, pointwise=True)[0] for each in groups]
+    inputs = _Collator(0, base.max_length)([each for each in found if each is not None])
+    assert (inputs["pairs"].shape, inputs["pair_weights"].shape) == ((0, 2), (0, 1))
+    model = new_model(base)
+    with open_artifact(tmp_path / "run") as artifact:
+        train = replace(TRAIN, epochs=12.0)
+        encoded_rows = [each for each in found if each is not None]
+        losses = train_reward_model(model, encoded_rows, Objective(regress_weight=1.0), train, 1, artifact)
+    assert losses[-1]["loss"] < 0.1
+    assert "reward_accuracy" not in losses[-1]
+    raw = [score for (score,) in model.raw_scores([each.tokens for each in encoded_rows])]
+    assert min(raw[1::2]) > max(raw[::2])
+
+
 def test_the_head_can_learn_at_a_rate_of_its_own(base: ModelConfig, tmp_path: Path) -> None:
     rows = encoded(base, [group(n) for n in range(4)])
     moved = []

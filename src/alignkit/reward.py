@@ -198,6 +198,7 @@ def read_groups(config: RewardConfig, artifact: Artifact) -> list[AnswerGroup]:
             seed=config.seed,
             left_out=left_out,
             judge=name or "graded",
+            pointwise=config.regress_weight > 0,
         )
         preferred, malformed = groups_from_preferences(pairs, name)
         groups.extend(more + preferred)
@@ -265,7 +266,9 @@ def encode(
     for group in groups:
         drawn = bootstrap_weights(group.prompt_key, config.heads, config.seed)
         counts = tuple(weights[group.source] * weight for weight in drawn)
-        row, unreadable = encode_group(tokenizer, group, config.model.max_length, counts)
+        row, unreadable = encode_group(
+            tokenizer, group, config.model.max_length, counts, pointwise=config.regress_weight > 0
+        )
         prompt = [message.model_dump() for message in group.prompt]
         for answer, reason in unreadable.items():
             artifact.drop({"id": group.id, "prompt": prompt, "answer": answer}, reason.split(" (")[0], reason)

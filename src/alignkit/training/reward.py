@@ -79,11 +79,17 @@ def centering_loss(better: Tensor, worse: Tensor, weight: Tensor) -> Tensor:
 
 
 def encode_group(
-    tokenizer: Any, group: AnswerGroup, max_length: int, weights: tuple[float, ...] = (1.0,)
+    tokenizer: Any,
+    group: AnswerGroup,
+    max_length: int,
+    weights: tuple[float, ...] = (1.0,),
+    *,
+    pointwise: bool = False,
 ) -> tuple[EncodedGroup | None, dict[str, str]]:
-    """A group as tokens, and answer -> reason for answers that cannot be read; None when no comparison is left.
+    """A group as tokens, and answer -> reason for answers that cannot be read; None when nothing is left to learn.
 
-    `weights` say how much the group counts for each head.
+    That is a comparison or, if grades are learned `pointwise`, a graded answer. `weights` say how much the group counts
+    for each head.
     """
     prompt, encoded = encode_answers(tokenizer, group.prompt, group.answers, max_length)
     kept = [place for place, ids in enumerate(encoded) if not isinstance(ids, str)]
@@ -94,10 +100,10 @@ def encode_group(
         for each in group.comparisons
         if each.better in new_place and each.worse in new_place
     )
-    if not comparisons:
+    grades = tuple(group.grades[place] for place in kept)
+    if not comparisons and not (pointwise and any(grade is not None for grade in grades)):
         return None, dropped
     tokens = PromptGroup(prompt, tuple(ids for ids in encoded if not isinstance(ids, str)))
-    grades = tuple(group.grades[place] for place in kept)
     row = EncodedGroup(group.source, group.prompt_key, tokens, comparisons, grades, group.judge, weights)
     return row, dropped
 
@@ -176,9 +182,10 @@ class _Collator:
         for group in groups:
             pairs += [(first + each.better, first + each.worse) for each in group.comparisons]
             first += len(group.tokens.answers)
+        margins = [each.margin or 0.0 for group in groups for each in group.comparisons]
         inputs |= {
-            "pairs": torch.tensor(pairs),
-            "margins": torch.tensor([[each.margin or 0.0] for group in groups for each in group.comparisons]),
+            "pairs": torch.tensor(pairs, dtype=torch.long).reshape(-1, 2),
+            "margins": torch.tensor(margins).reshape(-1, 1),
             "pair_weights": _weights(groups, [len(group.comparisons) for group in groups]),
         }
         return inputs if self.judges is None else inputs | self._grades(groups, self.judges)
@@ -197,13 +204,13 @@ def _weights(groups: Sequence[EncodedGroup], counts: Sequence[int]) -> Tensor:
 
     Groups weigh as they say, divided by the number of groups and of heads: with one head and no weights all sum to 1.
     """
-    return torch.tensor(
-        [
-            [weight / (len(groups) * count * len(group.weights)) for weight in group.weights]
-            for group, count in zip(groups, counts, strict=True)
-            for _ in range(count)
-        ]
-    )
+    heads = len(groups[0].weights)
+    weights = [
+        [weight / (len(groups) * count * heads) for weight in group.weights]
+        for group, count in zip(groups, counts, strict=True)
+        for _ in range(count)
+    ]
+    return torch.tensor(weights).reshape(-1, heads)
 
 
 class _Trainer(StepTrainer):

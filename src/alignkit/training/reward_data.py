@@ -82,13 +82,15 @@ def groups_from_grades(
     seed: int,
     left_out: LeftOut,
     judge: str = "graded",
+    pointwise: bool = False,
 ) -> tuple[list[AnswerGroup], list[Dropped]]:
     """One group a prompt whose completions were graded.
 
     `judge` names who graded, and with it the source. Equal texts count once, with the mean of their grades. Of more
     than `pairs_per_prompt` comparisons as many are drawn at random (the largest margins alone would be the easy ones).
     Unfinished completions are left out: their end was never written, so it cannot be judged. A row that yields no
-    comparison is dropped. What is left out is added to `left_out`, over all rows, also those that are dropped.
+    comparison is dropped, unless grades are learned `pointwise` and it has one. What is left out is added to
+    `left_out`, over all rows, also those that are dropped.
     """
     groups, dropped = [], []
     for row in rows:
@@ -102,7 +104,7 @@ def groups_from_grades(
                 by_text[completion.text].append(completion.score)
         grades = [sum(scores) / len(scores) for scores in by_text.values()]
         comparisons = compare(grades, min_margin)
-        if not comparisons:
+        if not comparisons and not (pointwise and grades):
             reason = _why_no_comparison(grades)
             dropped.append(Dropped(reason=reason, row=row.model_dump(mode="json", exclude_none=True)))
             continue
