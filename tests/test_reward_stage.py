@@ -268,7 +268,7 @@ def test_training_learns_what_is_better_and_checkpoints_hold_no_base(base: Model
 def test_the_head_can_learn_at_a_rate_of_its_own(base: ModelConfig, tmp_path: Path) -> None:
     rows = encoded(base, [group(n) for n in range(4)])
     moved = []
-    for rate in (None, TRAIN.learning_rate, 1e-4):
+    for rate in (None, 1e-4):
         model = new_model(base)
         before = model.module.value_head.weight.detach().clone()
         with open_artifact(tmp_path / str(rate)) as artifact:
@@ -276,10 +276,9 @@ def test_the_head_can_learn_at_a_rate_of_its_own(base: ModelConfig, tmp_path: Pa
             losses = train_reward_model(model, rows, Objective(), train, 1, artifact, rate)
         moved.append(model.module.value_head.weight.detach() - before)
         assert losses[0]["learning_rate"] == TRAIN.learning_rate
-    assert torch.equal(moved[0], moved[1])
     # AdamW's first step is the learning rate in the direction of each gradient's sign
     assert float(moved[0].abs().median()) == pytest.approx(1e-2, rel=1e-3)
-    assert float(moved[2].abs().median()) == pytest.approx(1e-4, rel=1e-3)
+    assert float(moved[1].abs().median()) == pytest.approx(1e-4, rel=1e-3)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(base: ModelConfig, tmp_path: Path) -> None:
