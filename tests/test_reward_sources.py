@@ -133,8 +133,9 @@ def test_grades_that_make_no_pair_are_told_by_their_reason(
 ) -> None:
     rows = [graded(id, *grades).model_dump() for id in ("a", "b")]
     data = RowsConfig(path=write(tmp_path / "rows.jsonl", rows))
-    with pytest.raises(UserError, match=message):
-        reward.run(configure(base, tmp_path, data=data, preferences=RowsConfig(path="none")))
+    with pytest.raises(UserError, match=message) as caught:
+        reward.run(configure(base, tmp_path, data=data))  # although there are other pairs, too
+    assert "rows.jsonl: " in str(caught.value)
 
 
 def test_a_regression_needs_grades(base: ModelConfig, tmp_path: Path) -> None:
