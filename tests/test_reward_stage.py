@@ -27,14 +27,15 @@ from alignkit.models.loading import load_base, load_policy, new_adapter
 from alignkit.models.reward_model import RewardModel
 from alignkit.models.value_head import ValueHeadModel
 from alignkit.reward import RewardConfig
+from alignkit.training.judges import regression_loss
 from alignkit.training.reward import (
     EncodedGroup,
     Objective,
     _Collator,
     bradley_terry_loss,
+    centering_loss,
     encode_group,
     ranked_right,
-    regression_loss,
     train_reward_model,
 )
 from alignkit.training.reward_data import (
@@ -42,7 +43,6 @@ from alignkit.training.reward_data import (
     Comparison,
     LeftOut,
     compare,
-    grade_statistics,
     groups_from_grades,
     groups_from_preferences,
     split_by_prompt,
@@ -67,13 +67,18 @@ def test_bradley_terry_loss_by_hand() -> None:
     assert float(bradley_terry_loss(better, worse, margins, uneven)) == pytest.approx(expected, abs=1e-6)
 
 
+def test_centering_loss_by_hand() -> None:
+    better, worse = torch.tensor([1.0, 0.5]), torch.tensor([0.0, -1.0])
+    assert float(centering_loss(better, worse, torch.tensor([0.75, 0.25]))) == 0.75 * 1 + 0.25 * 0.25
+
+
 def test_regression_loss_by_hand() -> None:
-    scores, targets = torch.tensor([1.0, 3.0, 9.0], requires_grad=True), torch.tensor([0.0, 5.0, float("nan")])
-    loss = regression_loss(scores, targets, torch.tensor([0.5, 0.25, 0.25]))
+    scores, targets = torch.tensor([[1.0], [3.0], [9.0]], requires_grad=True), torch.tensor([[0.0], [5.0], [math.nan]])
+    loss = regression_loss(scores, targets, torch.tensor([[0.5], [0.25], [0.25]]))
     assert loss.item() == 0.5 * 1 + 0.25 * 4
     loss.backward()
     assert scores.grad is not None
-    assert scores.grad.tolist() == [1.0, -1.0, 0.0]  # an answer without a grade pulls nowhere
+    assert scores.grad[:, 0].tolist() == [1.0, -1.0, 0.0]  # an answer without a grade pulls nowhere
 
 
 def test_every_two_grades_far_enough_apart_make_a_comparison() -> None:
@@ -90,7 +95,8 @@ def graded(id: str, *grades: tuple[str, float | None], **fields: Any) -> Complet
 def test_equal_texts_count_once_and_unfinished_ones_not_at_all() -> None:
     row = graded("a", ("x", 10.0), ("y", 2.0), ("x", 8.0), ("none", None), kind="judgmental")
     row.completions.append(Completion(text="cut", model="m", score=0.0, finished=False))
-    (group,), dropped, left_out = groups_from_grades([row], min_margin=1.0, pairs_per_prompt=9, seed=1)
+    left_out = LeftOut()
+    (group,), dropped = groups_from_grades([row], min_margin=1.0, pairs_per_prompt=9, seed=1, left_out=left_out)
     assert (group.answers, group.grades) == (("x", "y"), (9.0, 2.0))
     assert group.comparisons == (Comparison(0, 1, 7.0),)
     assert (group.source, dropped) == ("graded judgmental", [])
@@ -103,7 +109,8 @@ def test_rows_without_a_pair_are_dropped_and_pairs_are_capped() -> None:
         graded("none", ("x", None)),
         graded("many", *((str(n), float(n)) for n in range(6))),
     ]
-    groups, dropped, left_out = groups_from_grades(rows, min_margin=1.0, pairs_per_prompt=4, seed=1)
+    left_out = LeftOut()
+    groups, dropped = groups_from_grades(rows, min_margin=1.0, pairs_per_prompt=4, seed=1, left_out=left_out)
     assert [(each.row["id"], each.reason) for each in dropped] == [
         ("same", "no two completions differ by min_margin"),
         ("none", "no graded completion"),
@@ -111,7 +118,7 @@ def test_rows_without_a_pair_are_dropped_and_pairs_are_capped() -> None:
     assert len(groups[0].comparisons) == 4
     assert set(groups[0].comparisons) < set(compare([float(n) for n in range(6)], 1.0))
     assert left_out == LeftOut(unfinished=0, ungraded=1, comparisons=15 - 4)
-    again, _, _ = groups_from_grades(rows, min_margin=1.0, pairs_per_prompt=4, seed=1)
+    again, _ = groups_from_grades(rows, min_margin=1.0, pairs_per_prompt=4, seed=1, left_out=LeftOut())
     assert again == groups
 
 
@@ -147,14 +154,12 @@ def test_answers_that_cannot_be_read_leave_the_group() -> None:
     long = AnswerGroup(
         "x", "a", tuple(user("q")), ("no", "Oslo " * 300, "yes"), (5.0, 0.0, 7.0), tuple(compare([5.0, 0.0, 7.0], 1.0))
     )
-    found, unreadable = encode_group(tokenizer(), long, 256, mean=6.0, deviation=2.0)
+    found, unreadable = encode_group(tokenizer(), long, 256)
     assert found is not None
     assert found.comparisons == (Comparison(1, 0, 2.0),)
-    assert found.targets == (-0.5, 0.5)
+    assert found.grades == (5.0, 7.0)
     assert [answer.split()[0] for answer in unreadable] == ["Oslo"]
     assert encode_group(tokenizer(), replace(long, comparisons=(Comparison(0, 1, 5.0),)), 256)[0] is None
-    assert grade_statistics([long]) == pytest.approx((4.0, (26 / 3) ** 0.5))
-    assert grade_statistics([]) == (0.0, 1.0)
 
 
 # -- training --------------------------------------------------------------------------------------------------------
@@ -172,7 +177,7 @@ def new_model(base: ModelConfig) -> RewardModel:
 
 
 def encoded(base: ModelConfig, groups: Sequence[AnswerGroup]) -> list[EncodedGroup]:
-    found = [encode_group(tokenizer(), each, base.max_length, *grade_statistics(groups))[0] for each in groups]
+    found = [encode_group(tokenizer(), each, base.max_length)[0] for each in groups]
     return [each for each in found if each is not None]
 
 
@@ -193,6 +198,7 @@ def test_one_pass_over_a_group_gives_the_loss_and_gradients_of_separate_pairs(ba
     pairs = inputs.pop("pairs")
     assert len(pairs) == 12
     scores = model.module(**{name: inputs[name] for name in ("input_ids", "segments", "position_ids", "last")})
+    assert scores.shape == (8, 1)
     bradley_terry_loss(scores[pairs[:, 0]], scores[pairs[:, 1]], 0.0, inputs["pair_weights"]).backward()
     shared = {name: weight.grad.clone() for name, weight in model.module.named_parameters() if weight.grad is not None}
 
@@ -230,7 +236,7 @@ def test_every_prompt_weighs_the_same_however_a_step_is_cut(base: ModelConfig, t
         ),
     ]
     weights = _Collator(0, base.max_length)(encoded(base, rows))["pair_weights"]
-    assert weights.tolist() == pytest.approx([1 / 4] + [1 / 12] * 9)
+    assert weights[:, 0].tolist() == pytest.approx([1 / 4] + [1 / 12] * 9)
     trained = []
     for batch_size in (1, 4):
         model = new_model(base)
@@ -259,6 +265,22 @@ def test_training_learns_what_is_better_and_checkpoints_hold_no_base(base: Model
     assert float(scores.std(correction=0)) == pytest.approx(1.0, abs=1e-3)
 
 
+def test_the_head_can_learn_at_a_rate_of_its_own(base: ModelConfig, tmp_path: Path) -> None:
+    rows = encoded(base, [group(n) for n in range(4)])
+    moved = []
+    for rate in (None, 1e-4):
+        model = new_model(base)
+        before = model.module.value_head.weight.detach().clone()
+        with open_artifact(tmp_path / str(rate)) as artifact:
+            train = replace(TRAIN, max_steps=1, logging_steps=1)
+            losses = train_reward_model(model, rows, Objective(), train, 1, artifact, rate)
+        moved.append(model.module.value_head.weight.detach() - before)
+        assert losses[0]["learning_rate"] == TRAIN.learning_rate
+    # AdamW's first step is the learning rate in the direction of each gradient's sign
+    assert float(moved[0].abs().median()) == pytest.approx(1e-2, rel=1e-3)
+    assert float(moved[1].abs().median()) == pytest.approx(1e-4, rel=1e-3)
+
+
 def test_gradient_checkpointing_changes_nothing_but_memory(base: ModelConfig, tmp_path: Path) -> None:
     rows = encoded(base, [group(number) for number in range(8)])
     losses = []
@@ -274,9 +296,10 @@ def test_an_interrupted_training_ends_with_the_same_weights(
     base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = encoded(base, [group(n) for n in range(12)])
+    objective = Objective(0.01, 0.5, 0.01)  # a judge's scale is learned along and has to resume, too
     whole = new_model(base)
     with open_artifact(tmp_path / "whole") as artifact:
-        expected = train_reward_model(whole, rows, Objective(), TRAIN, 1, artifact)
+        expected = train_reward_model(whole, rows, objective, TRAIN, 1, artifact)
 
     forward, calls = ValueHeadModel.forward, 0
 
@@ -289,11 +312,11 @@ def test_an_interrupted_training_ends_with_the_same_weights(
 
     monkeypatch.setattr(ValueHeadModel, "forward", dies)
     with pytest.raises(KeyboardInterrupt), open_artifact(tmp_path / "cut") as artifact:
-        train_reward_model(new_model(base), rows, Objective(), TRAIN, 1, artifact)
+        train_reward_model(new_model(base), rows, objective, TRAIN, 1, artifact)
     calls = 100
     resumed = new_model(base)
     with open_artifact(tmp_path / "cut") as artifact:
-        losses = train_reward_model(resumed, rows, Objective(), TRAIN, 1, artifact)
+        losses = train_reward_model(resumed, rows, objective, TRAIN, 1, artifact)
     assert calls == 106  # step 0, and the five of nine steps that were left
     assert [row["loss"] for row in losses] == [row["loss"] for row in expected]
     for (name, weight), (_, other) in zip(
@@ -308,9 +331,7 @@ def test_regression_pulls_scores_to_the_grades(base: ModelConfig, tmp_path: Path
     with open_artifact(tmp_path / "run") as artifact:
         train_reward_model(model, rows, Objective(regress_weight=5.0), replace(TRAIN, epochs=8.0), 1, artifact)
     raw = torch.tensor(model.raw_scores([each.tokens for each in rows]))
-    targets = torch.tensor([each.targets for each in rows])
-    assert targets[0].tolist() == [1.0, -1.0]
-    assert float((raw - targets).abs().mean()) < 0.3
+    assert float((raw - torch.tensor([1.0, -1.0])).abs().mean()) < 0.3
 
 
 # -- the stage -------------------------------------------------------------------------------------------------------
@@ -371,7 +392,7 @@ def test_the_stage_trains_measures_saves_and_checks(base: ModelConfig, tmp_path:
     assert held_out["all"]["mean"] > 0.9
     assert held_out["all"]["n"] == 14
     assert held_out["hh-rlhf"]["low"] < held_out["hh-rlhf"]["mean"]  # two pairs prove little
-    assert artifact.dropped == {"no two completions differ by min_margin": 1}
+    assert artifact.dropped == {"all completions have the same grade": 1}
     assert metrics["completions_left_out"] == {"unfinished": 0, "ungraded": 0}
     assert metrics["comparisons_left_out"] == 0
     files = (
@@ -459,7 +480,10 @@ def test_accuracy_resamples_prompts_not_rows(base: ModelConfig) -> None:
 
 
 def test_the_shipped_configuration_composes() -> None:
-    config = load_config("reward", ["run=x", "+model=qwen7b", "preferences.path=hh.jsonl"])
+    more = ["sources={other: b.jsonl}", "weights={graded: 1, hh-rlhf: 0.5, rewardbench/hep-cpp: 2}", "heads=4"]
+    config = load_config("reward", ["run=x", "+model=qwen7b", "preferences.path=hh.jsonl", *more])
     assert isinstance(config, RewardConfig)
+    assert (config.sources, config.heads) == ({"other": "b.jsonl"}, 4)
+    assert config.weights == {"graded": 1.0, "hh-rlhf": 0.5, "rewardbench/hep-cpp": 2.0}
     assert (config.data.path, config.preferences.limit) == ("runs/x/judge/scored.jsonl", 8000)
     assert config.adapter == "runs/x/sft/adapter"
