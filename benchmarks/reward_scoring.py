@@ -39,8 +39,8 @@ def main() -> None:
     """Print a table for each kind of rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hh", type=Path, help="hh-rlhf as JSON Lines")
-    parser.add_argument("--hh-pairs", type=int, default=200)
-    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--hh-pairs", type=int, default=64)
+    parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--answers", type=int, default=8, help="a prompt, an even number")
     arguments = parser.parse_args()
     reward_model = make_reward_model()
@@ -111,7 +111,7 @@ def dialogues(path: Path, pairs: int) -> Rows:
     from alignkit.data.sources import read_preferences
 
     found, _ = read_preferences(RowsConfig(path=str(path)))
-    drawn = Random(0).sample(found, min(pairs * 3, len(found)))  # many will be too long
+    drawn = Random(0).sample(found, min(2 * pairs, len(found)))  # many will be too long
     return [{"prompt": pair.prompt, "completion": side} for pair in drawn for side in (pair.chosen, pair.rejected)]
 
 

@@ -17,6 +17,8 @@ from alignkit.training.reward import EncodedGroup, ranked_right
 BINS = 10
 """Of predicted probabilities between 1/2 and 1."""
 
+_GRADED = "worse answer graded "
+
 Scores = Sequence[Sequence[float]]
 
 
@@ -42,10 +44,14 @@ def accuracy(groups: Sequence[EncodedGroup], scores: Scores) -> dict[str, Estima
     for group, right in zip(groups, ranked_right(groups, scores), strict=True):
         for comparison, is_right in zip(group.comparisons, right, strict=True):
             grade = group.grades[comparison.worse]
-            names = ["all", group.source, *([] if grade is None else [f"worse answer graded {round(grade)}"])]
+            names = ["all", group.source, *([] if grade is None else [f"{_GRADED}{round(grade)}"])]
             for name in names:
                 outcomes.setdefault(name, []).append((group.prompt_key, float(is_right)))
-    return {name: share(pairs) for name, pairs in outcomes.items() if pairs}
+    by_grade = sorted(
+        (name for name in outcomes if name.startswith(_GRADED)), key=lambda name: int(name[len(_GRADED) :])
+    )
+    order = [name for name in outcomes if name not in by_grade] + by_grade
+    return {name: share(outcomes[name]) for name in order if outcomes[name]}
 
 
 def calibration(groups: Sequence[EncodedGroup], scores: Scores, logits_per_score: float = 1.0) -> dict[str, Any]:
