@@ -16,6 +16,7 @@ from alignkit import reward
 from alignkit.core.app import run_command
 from alignkit.core.config import RowsConfig
 from alignkit.core.manifest import read_manifest
+from alignkit.evaluation.reward_bench import SECTIONS
 from alignkit.models.reward_model import RewardModel
 
 
@@ -48,7 +49,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def test_on_its_own_data_it_measures_what_training_measured_on_the_held_out_prompts(here: Path) -> None:
-    given = ["run=demo", "data.path=scored.jsonl", "preferences.path=hh.jsonl"]
+    given = ["run=demo", "data.path=scored.jsonl", "sources={hh-rlhf: hh.jsonl}"]
     assert run_command("evaluate_reward", given) == 0
     found, before = metrics(here / "runs/demo/evaluate_reward"), metrics(here / "runs/demo/reward")
     assert found["held_out_accuracy"] == before["held_out_accuracy"]
@@ -73,13 +74,25 @@ def test_preferences_alone_and_an_answer_that_is_too_long(here: Path) -> None:
     pairs = hh_rows(30)[20:]
     pairs[0]["chosen"] += " Oslo" * 300
     write(here / "pairs.jsonl", pairs)
-    given = ["run=demo", "name=pairs", "data.path=none", "preferences.path=pairs.jsonl", "probed_answers=0"]
+    given = ["run=demo", "name=pairs", "data.path=pairs.jsonl", "probed_answers=0"]
     assert run_command("evaluate_reward", given) == 0
     found = metrics(here / "runs/demo/pairs")
     assert found["held_out_accuracy"]["hh-rlhf"]["n"] == 9
     assert found["dropped"] == {"longer than max_length": 1}
     assert found["held_out"]["agreement"] == {}  # nobody has graded
     assert all("rises" not in probe for probe in found["held_out"]["probes"].values())
+
+
+def test_rewardbench_by_subset_and_in_sections(here: Path) -> None:
+    rows_of_a_section = [
+        {"id": n, "prompt": f"Was it {n}?", "chosen": GOOD, "rejected": BAD, "subset": subset}
+        for n, subset in enumerate(SECTIONS["Safety"] * 2)
+    ]
+    write(here / "rewardbench.jsonl", rows_of_a_section)
+    assert run_command("evaluate_reward", ["run=demo", "name=bench", "data.path=rewardbench.jsonl"]) == 0
+    found = metrics(here / "runs/demo/bench")
+    assert found["held_out_accuracy"]["rewardbench/donotanswer"]["n"] == 2
+    assert found["held_out"]["rewardbench"] == {"Safety": pytest.approx(found["held_out_accuracy"]["all"]["mean"])}
 
 
 def test_a_reward_model_that_does_not_say_what_it_was_trained_on(here: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -96,7 +109,7 @@ def test_a_reward_model_that_does_not_say_what_it_was_trained_on(here: Path, cap
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["data.path=none"], "there is no pair to measure on"),
+        (["data.path=nan.jsonl"], "nan.jsonl:1"),
         (["reward=base", "data.path=scored.jsonl"], "reward_config.json is missing"),
         (["data.path=train.jsonl"], "was trained on each of the"),
         (["data.path=long.jsonl"], "no pair can be scored"),
@@ -111,6 +124,7 @@ def test_what_cannot_be_measured_is_said(
     long = graded("long", (f"{GOOD} " * 100, 9.0), (f"{BAD} " * 100, 1.0))
     write(here / "long.jsonl", [long.model_dump(exclude_none=True)])
     write(here / "one.jsonl", [graded("one", (GOOD, 9.0)).model_dump(exclude_none=True)])
+    (here / "nan.jsonl").write_text(json.dumps(scored_rows(1)[0]).replace("9.0", "NaN") + "\n", encoding="utf-8")
     (here / "base").mkdir()
     assert run_command("evaluate_reward", ["run=demo", *given]) == 2
     error = capsys.readouterr().err

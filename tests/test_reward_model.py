@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_random import conversation, random_model, save_random_base, tokenizer, user
 
 from alignkit.core.config import LoraConfig, ModelConfig
 from alignkit.core.errors import UserError
 from alignkit.data.chat import encode_conversation
+from alignkit.models.conversations import encode_answers
 from alignkit.models.loading import load_base, load_policy, new_adapter
-from alignkit.models.reward_model import RewardModel, encode_answers
+from alignkit.models.reward_model import RewardModel
 from alignkit.models.value_head import PromptGroup, ValueHeadModel, collate, visible
 from alignkit.scoring.reward import RewardScorer
 
@@ -147,7 +152,7 @@ def test_splitting_groups_does_not_change_scores(reward_model: RewardModel) -> N
     assert parts == pytest.approx(whole, abs=1e-4)
 
 
-def test_rows_come_in_two_forms(reward_model: RewardModel) -> None:
+def test_rows_come_in_three_forms(reward_model: RewardModel) -> None:
     question, answer = QUESTIONS[1], ANSWERS[1]
     as_lists = {
         "prompt": [{"role": "user", "content": question}],
@@ -155,7 +160,47 @@ def test_rows_come_in_two_forms(reward_model: RewardModel) -> None:
     }
     scores = reward_model.score([ROWS[6], as_lists, {"prompt": question, "completion": answer}])
     assert scores[0] == scores[1] == scores[2]
+    messages = [message.model_dump() for message in conversation(question, answer)]
+    rendered = tokenizer().apply_chat_template(messages, tokenize=False)
+    assert rendered.endswith("<|im_end|>\n")  # what follows the end of turn is no part of the answer
+    as_text = reward_model.score([rendered, rendered.rstrip(), ROWS[0]])
+    assert as_text == pytest.approx([scores[0], scores[0], reward_model.score(ROWS[:1])[0]], abs=1e-4)
+    assert as_text[0] == as_text[1]
     assert reward_model.score([]) == []
+
+
+def test_any_number_of_rows_is_scored_while_it_is_read(reward_model: RewardModel) -> None:
+    read = []
+
+    def rows() -> Iterator[Any]:
+        for number, row in enumerate([*ROWS, {"prompt": "Hello " * 300, "completion": "no"}]):
+            read.append(number)
+            yield row
+
+    found = reward_model.iter_scores(rows(), window=4)
+    assert read == []
+    first = next(found)
+    assert read == [0, 1, 2, 3]  # never more than a window ahead
+    scores = [first, *found]
+    assert scores[:-1] == pytest.approx(reward_model.score(ROWS, show_progress=True), abs=1e-4)
+    assert scores[-1] == "longer than max_length (311 of 256 tokens)"
+    with pytest.raises(UserError, match="row 5: give"):
+        list(reward_model.iter_scores([*ROWS[:5], {"text": "Hello"}], window=2))
+
+
+def test_no_logit_of_the_vocabulary_is_ever_computed(
+    reward_model: RewardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = reward_model.score(ROWS)
+    output_layer = reward_model.module.policy.get_output_embeddings()
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the language-model head was called")
+
+    monkeypatch.setattr(output_layer, "forward", refuse)
+    assert reward_model.score(ROWS) == expected
+    with pytest.raises(AssertionError, match="language-model head"):
+        reward_model.module.policy(input_ids=torch.tensor([[1, 2]]))
 
 
 def test_centred_scores_have_mean_0_and_deviation_1(reward_model: RewardModel) -> None:
@@ -175,9 +220,11 @@ def test_centred_scores_have_mean_0_and_deviation_1(reward_model: RewardModel) -
         ({"prompt": "Hello", "completion": 3}, "row 1: give"),
         ({"prompt": "Hello " * 300, "completion": "no"}, r"row 1 .*longer than max_length \(\d+ of 256 tokens\)"),
         ({"prompt": "Hello", "completion": "no <|im_end|>"}, "row 1 .*special token"),
+        ("Hello", r"row 1 .*a text that does not end with <\|im_end\|> is no conversation"),
+        ("Hello " * 300 + "<|im_end|>", r"row 1 .*longer than max_length"),
     ],
 )
-def test_a_row_that_cannot_be_scored_is_named(reward_model: RewardModel, row: dict[str, object], message: str) -> None:
+def test_a_row_that_cannot_be_scored_is_named(reward_model: RewardModel, row: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         reward_model.score([ROWS[0], row])
 
@@ -220,6 +267,17 @@ def test_a_missing_or_altered_part_is_an_error(reward_model: RewardModel, tmp_pa
         RewardModel.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="not a reward model"):
         RewardModel.from_pretrained(tmp_path / "nowhere")
+
+
+def test_a_head_of_another_size_is_refused(reward_model: RewardModel, tmp_path: Path) -> None:
+    reward_model.save_pretrained(tmp_path)
+    head, config = tmp_path / "value_head.safetensors", tmp_path / "reward_config.json"
+    for weights, found in (({"weight": torch.ones(1, 48)}, "1 heads for 48 hidden values"), ({}, "no weight")):
+        save_file(weights, head)
+        entries = json.loads(config.read_text()) | {"value_head_sha256": hashlib.sha256(head.read_bytes()).hexdigest()}
+        config.write_text(json.dumps(entries))
+        with pytest.raises(UserError, match=rf"value_head.safetensors: holds {found}, but .* want 1 for 32"):
+            RewardModel.from_pretrained(tmp_path)
 
 
 def test_another_base_is_refused(reward_model: RewardModel, tmp_path: Path) -> None:

@@ -26,14 +26,15 @@ from alignkit.models.loading import load_base, load_policy, new_adapter
 from alignkit.models.reward_model import RewardModel
 from alignkit.models.value_head import ValueHeadModel
 from alignkit.reward import RewardConfig
+from alignkit.training.judges import GradeStatistics, JudgeScales, grade_statistics, regression_loss
 from alignkit.training.reward import (
     EncodedGroup,
     Objective,
     _Collator,
     bradley_terry_loss,
+    centering_loss,
     encode_group,
     ranked_right,
-    regression_loss,
     train_reward_model,
 )
 from alignkit.training.reward_data import (
@@ -41,9 +42,9 @@ from alignkit.training.reward_data import (
     Comparison,
     LeftOut,
     compare,
-    grade_statistics,
     groups_from_grades,
     groups_from_preferences,
+    source_weights,
     split_by_prompt,
 )
 
@@ -66,13 +67,33 @@ def test_bradley_terry_loss_by_hand() -> None:
     assert float(bradley_terry_loss(better, worse, margins, uneven)) == pytest.approx(expected, abs=1e-6)
 
 
+def test_centering_loss_by_hand() -> None:
+    better, worse = torch.tensor([1.0, 0.5]), torch.tensor([0.0, -1.0])
+    assert float(centering_loss(better, worse, torch.tensor([0.75, 0.25]))) == 0.75 * 1 + 0.25 * 0.25
+
+
 def test_regression_loss_by_hand() -> None:
-    scores, targets = torch.tensor([1.0, 3.0, 9.0], requires_grad=True), torch.tensor([0.0, 5.0, float("nan")])
-    loss = regression_loss(scores, targets, torch.tensor([0.5, 0.25, 0.25]))
+    scores, targets = torch.tensor([[1.0], [3.0], [9.0]], requires_grad=True), torch.tensor([[0.0], [5.0], [math.nan]])
+    loss = regression_loss(scores, targets, torch.tensor([[0.5], [0.25], [0.25]]))
     assert loss.item() == 0.5 * 1 + 0.25 * 4
     loss.backward()
     assert scores.grad is not None
-    assert scores.grad.tolist() == [1.0, -1.0, 0.0]  # an answer without a grade pulls nowhere
+    assert scores.grad[:, 0].tolist() == [1.0, -1.0, 0.0]  # an answer without a grade pulls nowhere
+
+
+def test_each_judge_has_its_own_scale() -> None:
+    statistics = grade_statistics([("strict", 1.0), ("kind", 9.0), ("strict", 3.0), ("kind", 9.0)])
+    assert statistics == {"strict": GradeStatistics(2.0, 1.0, 2), "kind": GradeStatistics(9.0, 1.0, 2)}
+    judges = JudgeScales(statistics | {"wide": GradeStatistics(5.0, 4.0, 7)})
+    assert (judges.standardised("strict", 3.0), judges.standardised("wide", 3.0)) == (1.0, -0.5)
+    scores, of = torch.tensor([[1.0, -2.0], [0.5, 0.0]]), torch.tensor([2, 0])
+    assert torch.equal(judges(scores, of), scores)  # untrained: a score is a standardised grade
+    judges.adjustments.data = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.5, -0.25]])
+    assert judges(scores, of).tolist() == [[1.25, -3.25], [0.5, 0.0]]
+    found = judges.describe()
+    assert found["wide"] == {"scale": 4 * 1.5, "offset": 5 - 4 * 0.25, "grades": 7}
+    # the two ways of saying it agree: a score of 1 is a grade of 6 + 4 = 10, which is (10 - 5) / 4 standardised
+    assert judges.standardised("wide", found["wide"]["scale"] * 1.0 + found["wide"]["offset"]) == 1.25
 
 
 def test_every_two_grades_far_enough_apart_make_a_comparison() -> None:
@@ -89,7 +110,8 @@ def graded(id: str, *grades: tuple[str, float | None], **fields: Any) -> Complet
 def test_equal_texts_count_once_and_unfinished_ones_not_at_all() -> None:
     row = graded("a", ("x", 10.0), ("y", 2.0), ("x", 8.0), ("none", None), kind="judgmental")
     row.completions.append(Completion(text="cut", model="m", score=0.0, finished=False))
-    (group,), dropped, left_out = groups_from_grades([row], min_margin=1.0, pairs_per_prompt=9, seed=1)
+    left_out = LeftOut()
+    (group,), dropped = groups_from_grades([row], min_margin=1.0, pairs_per_prompt=9, seed=1, left_out=left_out)
     assert (group.answers, group.grades) == (("x", "y"), (9.0, 2.0))
     assert group.comparisons == (Comparison(0, 1, 7.0),)
     assert (group.source, dropped) == ("graded judgmental", [])
@@ -102,7 +124,8 @@ def test_rows_without_a_pair_are_dropped_and_pairs_are_capped() -> None:
         graded("none", ("x", None)),
         graded("many", *((str(n), float(n)) for n in range(6))),
     ]
-    groups, dropped, left_out = groups_from_grades(rows, min_margin=1.0, pairs_per_prompt=4, seed=1)
+    left_out = LeftOut()
+    groups, dropped = groups_from_grades(rows, min_margin=1.0, pairs_per_prompt=4, seed=1, left_out=left_out)
     assert [(each.row["id"], each.reason) for each in dropped] == [
         ("same", "no two completions differ by min_margin"),
         ("none", "no graded completion"),
@@ -110,7 +133,7 @@ def test_rows_without_a_pair_are_dropped_and_pairs_are_capped() -> None:
     assert len(groups[0].comparisons) == 4
     assert set(groups[0].comparisons) < set(compare([float(n) for n in range(6)], 1.0))
     assert left_out == LeftOut(unfinished=0, ungraded=1, comparisons=15 - 4)
-    again, _, _ = groups_from_grades(rows, min_margin=1.0, pairs_per_prompt=4, seed=1)
+    again, _ = groups_from_grades(rows, min_margin=1.0, pairs_per_prompt=4, seed=1, left_out=LeftOut())
     assert again == groups
 
 
@@ -146,14 +169,12 @@ def test_answers_that_cannot_be_read_leave_the_group() -> None:
     long = AnswerGroup(
         "x", "a", tuple(user("q")), ("no", "Oslo " * 300, "yes"), (5.0, 0.0, 7.0), tuple(compare([5.0, 0.0, 7.0], 1.0))
     )
-    found, unreadable = encode_group(tokenizer(), long, 256, mean=6.0, deviation=2.0)
+    found, unreadable = encode_group(tokenizer(), long, 256)
     assert found is not None
     assert found.comparisons == (Comparison(1, 0, 2.0),)
-    assert found.targets == (-0.5, 0.5)
+    assert found.grades == (5.0, 7.0)
     assert [answer.split()[0] for answer in unreadable] == ["Oslo"]
     assert encode_group(tokenizer(), replace(long, comparisons=(Comparison(0, 1, 5.0),)), 256)[0] is None
-    assert grade_statistics([long]) == pytest.approx((4.0, (26 / 3) ** 0.5))
-    assert grade_statistics([]) == (0.0, 1.0)
 
 
 # -- training --------------------------------------------------------------------------------------------------------
@@ -171,7 +192,7 @@ def new_model(base: ModelConfig) -> RewardModel:
 
 
 def encoded(base: ModelConfig, groups: Sequence[AnswerGroup]) -> list[EncodedGroup]:
-    found = [encode_group(tokenizer(), each, base.max_length, *grade_statistics(groups))[0] for each in groups]
+    found = [encode_group(tokenizer(), each, base.max_length)[0] for each in groups]
     return [each for each in found if each is not None]
 
 
@@ -192,6 +213,7 @@ def test_one_pass_over_a_group_gives_the_loss_and_gradients_of_separate_pairs(ba
     pairs = inputs.pop("pairs")
     assert len(pairs) == 12
     scores = model.module(**{name: inputs[name] for name in ("input_ids", "segments", "position_ids", "last")})
+    assert scores.shape == (8, 1)
     bradley_terry_loss(scores[pairs[:, 0]], scores[pairs[:, 1]], 0.0, inputs["pair_weights"]).backward()
     shared = {name: weight.grad.clone() for name, weight in model.module.named_parameters() if weight.grad is not None}
 
@@ -229,7 +251,7 @@ def test_every_prompt_weighs_the_same_however_a_step_is_cut(base: ModelConfig, t
         ),
     ]
     weights = _Collator(0, base.max_length)(encoded(base, rows))["pair_weights"]
-    assert weights.tolist() == pytest.approx([1 / 4] + [1 / 12] * 9)
+    assert weights[:, 0].tolist() == pytest.approx([1 / 4] + [1 / 12] * 9)
     trained = []
     for batch_size in (1, 4):
         model = new_model(base)
@@ -258,6 +280,49 @@ def test_training_learns_what_is_better_and_checkpoints_hold_no_base(base: Model
     assert float(scores.std(correction=0)) == pytest.approx(1.0, abs=1e-3)
 
 
+def test_a_regression_learns_from_prompts_that_make_no_pair(base: ModelConfig, tmp_path: Path) -> None:
+    rows = [graded(f"row-{n}", *([(GOOD, 9.0)] if n % 2 else [(BAD, 1.0)])) for n in range(8)]
+    groups, dropped = groups_from_grades(
+        [*rows, graded("none", (GOOD, None))],
+        min_margin=1.0,
+        pairs_per_prompt=4,
+        seed=1,
+        left_out=LeftOut(),
+        pointwise=True,
+    )
+    assert (len(groups), [each.reason for each in dropped]) == (8, ["no graded completion"])
+    assert encode_group(tokenizer(), groups[0], base.max_length)[0] is None
+    found = [encode_group(tokenizer(), each, base.max_length, pointwise=True)[0] for each in groups]
+    inputs = _Collator(0, base.max_length)([each for each in found if each is not None])
+    assert (inputs["pairs"].shape, inputs["pair_weights"].shape) == ((0, 2), (0, 1))
+    model = new_model(base)
+    with open_artifact(tmp_path / "run") as artifact:
+        train = replace(TRAIN, epochs=12.0)
+        encoded_rows = [each for each in found if each is not None]
+        losses = train_reward_model(model, encoded_rows, Objective(regress_weight=1.0), train, 1, artifact)
+    assert losses[-1]["loss"] < 0.1
+    assert "reward_accuracy" not in losses[-1]
+    raw = [score for (score,) in model.raw_scores([each.tokens for each in encoded_rows])]
+    assert min(raw[1::2]) > max(raw[::2])
+
+
+def test_the_head_can_learn_at_a_rate_of_its_own(base: ModelConfig, tmp_path: Path) -> None:
+    rows = encoded(base, [group(n) for n in range(4)])
+    moved = []
+    for rate in (None, TRAIN.learning_rate, 1e-4):
+        model = new_model(base)
+        before = model.module.value_head.weight.detach().clone()
+        with open_artifact(tmp_path / str(rate)) as artifact:
+            train = replace(TRAIN, max_steps=1, logging_steps=1)
+            losses = train_reward_model(model, rows, Objective(), train, 1, artifact, rate)
+        moved.append(model.module.value_head.weight.detach() - before)
+        assert losses[0]["learning_rate"] == TRAIN.learning_rate
+    assert torch.equal(moved[0], moved[1])
+    # AdamW's first step is the learning rate in the direction of each gradient's sign
+    assert float(moved[0].abs().median()) == pytest.approx(1e-2, rel=1e-3)
+    assert float(moved[2].abs().median()) == pytest.approx(1e-4, rel=1e-3)
+
+
 def test_gradient_checkpointing_changes_nothing_but_memory(base: ModelConfig, tmp_path: Path) -> None:
     rows = encoded(base, [group(number) for number in range(8)])
     losses = []
@@ -273,9 +338,10 @@ def test_an_interrupted_training_ends_with_the_same_weights(
     base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = encoded(base, [group(n) for n in range(12)])
+    objective = Objective(0.01, 0.5, 0.01)  # a judge's scale is learned along and has to resume, too
     whole = new_model(base)
     with open_artifact(tmp_path / "whole") as artifact:
-        expected = train_reward_model(whole, rows, Objective(), TRAIN, 1, artifact)
+        expected = train_reward_model(whole, rows, objective, TRAIN, 1, artifact)
 
     forward, calls = ValueHeadModel.forward, 0
 
@@ -288,11 +354,11 @@ def test_an_interrupted_training_ends_with_the_same_weights(
 
     monkeypatch.setattr(ValueHeadModel, "forward", dies)
     with pytest.raises(KeyboardInterrupt), open_artifact(tmp_path / "cut") as artifact:
-        train_reward_model(new_model(base), rows, Objective(), TRAIN, 1, artifact)
+        train_reward_model(new_model(base), rows, objective, TRAIN, 1, artifact)
     calls = 100
     resumed = new_model(base)
     with open_artifact(tmp_path / "cut") as artifact:
-        losses = train_reward_model(resumed, rows, Objective(), TRAIN, 1, artifact)
+        losses = train_reward_model(resumed, rows, objective, TRAIN, 1, artifact)
     assert calls == 106  # step 0, and the five of nine steps that were left
     assert [row["loss"] for row in losses] == [row["loss"] for row in expected]
     for (name, weight), (_, other) in zip(
@@ -307,9 +373,7 @@ def test_regression_pulls_scores_to_the_grades(base: ModelConfig, tmp_path: Path
     with open_artifact(tmp_path / "run") as artifact:
         train_reward_model(model, rows, Objective(regress_weight=5.0), replace(TRAIN, epochs=8.0), 1, artifact)
     raw = torch.tensor(model.raw_scores([each.tokens for each in rows]))
-    targets = torch.tensor([each.targets for each in rows])
-    assert targets[0].tolist() == [1.0, -1.0]
-    assert float((raw - targets).abs().mean()) < 0.3
+    assert float((raw - torch.tensor([1.0, -1.0])).abs().mean()) < 0.3
 
 
 # -- the stage -------------------------------------------------------------------------------------------------------
@@ -371,7 +435,7 @@ def test_the_stage_trains_measures_saves_and_checks(base: ModelConfig, tmp_path:
     assert held_out["all"]["mean"] > 0.9
     assert held_out["all"]["n"] == 14
     assert held_out["hh-rlhf"]["low"] < held_out["hh-rlhf"]["mean"]  # two pairs prove little
-    assert artifact.dropped == {"no two completions differ by min_margin": 1}
+    assert artifact.dropped == {"all completions have the same grade": 1}
     assert metrics["completions_left_out"] == {"unfinished": 0, "ungraded": 0}
     assert metrics["comparisons_left_out"] == 0
     files = (
@@ -415,6 +479,86 @@ def test_preferences_alone_and_nothing_at_all(base: ModelConfig, tmp_path: Path)
     assert manifest["status"] == "failed"
 
 
+def test_sources_by_name_with_their_weights(base: ModelConfig, tmp_path: Path) -> None:
+    half = [
+        {**row, "completions": [{**each, "score": each["score"] / 2} for each in row["completions"]]}
+        for row in scored_rows(20)[:-1]
+    ]
+    sources = {"other": write(tmp_path / "other.jsonl", half), "human": write(tmp_path / "human.jsonl", hh_rows(5))}
+    weights = {"graded": 0.5, "graded judgmental": 0.25, "human": 2.0}
+    config = configure(base, tmp_path, sources=sources, weights=weights, regress_weight=0.5, min_margin=0.5)
+    artifact = reward.run(config)
+    graded = {f"{judge} {kind}" for judge in ("graded", "other") for kind in ("judgmental", "non_judgmental")}
+    assert graded | {"hh-rlhf", "human"} < set(artifact.metrics["train_accuracy"])
+    # Both judges grade the same answers, one in half the numbers: 9, 5, 1 have mean 5 and deviation sqrt(32 / 3).
+    judges = artifact.metrics["judges"]
+    assert set(judges) == {"graded", "other"}
+    assert judges["graded"]["scale"] / judges["other"]["scale"] == pytest.approx(2, abs=0.2)
+    assert judges["graded"]["scale"] == pytest.approx((32 / 3) ** 0.5, rel=0.3)
+    assert judges["graded"]["offset"] - judges["other"]["offset"] == pytest.approx(2.5, abs=0.5)
+    assert {path["key"] for path in artifact.inputs} > {"sources.other", "sources.human"}
+    model = RewardModel.from_pretrained(tmp_path / "reward")
+    assert not [name for name, _ in model.module.named_parameters() if "judges" in name]
+
+    with pytest.raises(
+        UserError, match=r"weights\.grades: no source of that name; there are graded, .*, hh-rlhf, human"
+    ):
+        reward.run(replace(config, weights={"grades": 1.0}))
+    with pytest.raises(UserError, match=r"weights\.human=0\.0: must be above 0"):
+        reward.run(replace(config, weights={"human": 0.0}))
+
+
+def test_a_source_counts_as_its_weight_says(base: ModelConfig) -> None:
+    groups = [group(0), group(1, "b"), group(2, "rewardbench/chat")]
+    weights = source_weights(groups, {"a": 0.5, "rewardbench": 3.0})
+    assert weights == {"a": 0.5, "b": 1.0, "rewardbench/chat": 3.0}
+    rows = [encode_group(tokenizer(), each, base.max_length, (weights[each.source],))[0] for each in groups]
+    inputs = _Collator(0, base.max_length)([row for row in rows if row is not None])
+    assert inputs["pair_weights"][:, 0].tolist() == pytest.approx([0.5 / 3, 1 / 3, 3 / 3])
+
+
+@pytest.mark.parametrize(
+    ("grades", "message"),
+    [
+        ([(GOOD, 9.0)], r"2 x one graded completion, .* \(sample several a prompt: sampling\.n=4\)"),
+        ([(GOOD, 9.0), (GOOD, 3.0)], "2 x one graded completion"),
+        ([(GOOD, 5.0), (BAD, 5.0)], r"2 x all completions have the same grade \(a judge that says the same"),
+        ([(GOOD, 5.0), (BAD, 5.5)], r"2 x no two completions differ by min_margin \(lower min_margin=1\)"),
+        ([(GOOD, None), (BAD, None)], r"2 x no graded completion \(run judge on them first\)"),
+        ([], r"none of its 2 rows can be used \(no completions\)"),
+    ],
+)
+def test_grades_that_make_no_pair_are_told_by_their_reason(
+    base: ModelConfig, tmp_path: Path, grades: list[tuple[str, float | None]], message: str
+) -> None:
+    rows = [graded(id, *grades).model_dump() for id in ("a", "b")]
+    data = RowsConfig(path=write(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(UserError, match=message):
+        reward.run(configure(base, tmp_path, data=data, preferences=RowsConfig(path="none")))
+
+
+def test_a_regression_needs_grades(base: ModelConfig, tmp_path: Path) -> None:
+    nothing = RowsConfig(path="none")
+    with pytest.raises(UserError, match=r"regress_weight=0\.5: no answer has a grade"):
+        reward.run(configure(base, tmp_path, data=nothing, regress_weight=0.5))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("center_weight", -1.0, "must be 0 or more"),
+        ("regress_weight", math.nan, "must be 0 or more"),
+        ("heads", 0, "must be at least 1"),
+        ("head_learning_rate", 0.0, "must be above 0"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(
+    base: ModelConfig, tmp_path: Path, key: str, value: Any, message: str
+) -> None:
+    with pytest.raises(UserError, match=f"{key}={value}: {message}"):
+        configure(base, tmp_path, **{key: value})
+
+
 def test_a_saved_model_that_scores_differently_stops_the_stage(
     base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -451,7 +595,10 @@ def test_no_prompt_left_to_train_on_names_held_out_share(base: ModelConfig, tmp_
 
 
 def test_the_shipped_configuration_composes() -> None:
-    config = load_config("reward", ["run=x", "+model=qwen7b", "preferences.path=hh.jsonl"])
+    more = ["sources={other: b.jsonl}", "weights={graded: 1, hh-rlhf: 0.5, rewardbench/hep-cpp: 2}", "heads=4"]
+    config = load_config("reward", ["run=x", "+model=qwen7b", "preferences.path=hh.jsonl", *more])
     assert isinstance(config, RewardConfig)
+    assert (config.sources, config.heads) == ({"other": "b.jsonl"}, 4)
+    assert config.weights == {"graded": 1.0, "hh-rlhf": 0.5, "rewardbench/hep-cpp": 2.0}
     assert (config.data.path, config.preferences.limit) == ("runs/x/judge/scored.jsonl", 8000)
     assert config.adapter == "runs/x/sft/adapter"

@@ -14,7 +14,14 @@ import pytest
 from alignkit.core.config import RowsConfig
 from alignkit.core.errors import UserError
 from alignkit.core.records import ChatExample, Dropped, Message, TextExample
-from alignkit.data.sources import read_completions, read_examples, read_preferences, read_questions
+from alignkit.data.sources import (
+    read_completions,
+    read_examples,
+    read_graded,
+    read_graded_or_preferences,
+    read_preferences,
+    read_questions,
+)
 from alignkit.data.sources.preferences import parse_dialogue
 
 Turn = tuple[str, str]
@@ -367,6 +374,101 @@ def test_our_own_pairs_are_read_as_they_are(tmp_path: Path) -> None:
     ]
 
 
+def test_full_hh_rlhf_gives_the_pairs_of_hh_rlhf(tmp_path: Path) -> None:
+    prompt, chosen, rejected = dialogue("Hi", "Hello", "Is it?"), " I think yes", "I think no"
+    whole = {
+        "chosen": dialogue("Hi", "Hello", "Is it?", "I think yes"),
+        "rejected": f"{prompt}\n\nAssistant: I think no",
+    }
+    cut = {"prompt": prompt + "\n\nAssistant:", "response": chosen, "chosen": chosen, "rejected": rejected}
+    (expected,), _ = read_preferences(rows_of(tmp_path / "hh.jsonl", [whole]))
+    pairs, dropped = read_preferences(
+        rows_of(
+            tmp_path / "hh.jsonl",
+            [
+                {**cut, "rejected": "no\n\nHuman: And?\n\nAssistant: no"},
+                {**cut, "rejected": " "},
+                {**cut, "prompt": prompt},
+                {**cut, "rejected": "I think yes"},
+                cut,
+            ],
+        )
+    )
+    assert pairs == [expected.model_copy(update={"id": "hh-5"})]
+    assert [each.reason for each in dropped] == [
+        "different prompts",
+        "empty answer",
+        "no final assistant turn",  # the answer would be a part of the question
+        "chosen equals rejected",
+    ]
+
+
+def test_rewardbench_is_read_by_subset(tmp_path: Path) -> None:
+    row = {"prompt": "q", "chosen": "a", "chosen_model": "x", "rejected": "b", "rejected_model": "y", "id": 0}
+    rows = [
+        {**row, "subset": "donotanswer"},
+        {**row, "subset": "hep-cpp"},  # counted anew in each subset
+        {**row, "subset": "hep-cpp", "id": 1, "prompt": [{"role": "system", "content": "s"}, *ASKED]},
+        {**row, "subset": "hep-cpp", "id": 2, "chosen": ""},
+    ]
+    pairs, dropped = read_preferences(rows_of(tmp_path / "bench.jsonl", rows))
+    assert [(pair.id, pair.source) for pair in pairs] == [
+        ("donotanswer-0", "rewardbench/donotanswer"),
+        ("hep-cpp-0", "rewardbench/hep-cpp"),
+        ("hep-cpp-1", "rewardbench/hep-cpp"),
+    ]
+    assert [turns(pair.prompt) for pair in pairs[1:]] == [
+        [("user", "q")],
+        [("system", "s"), *((turn["role"], turn["content"]) for turn in ASKED)],
+    ]
+    assert (turns(pairs[0].chosen), turns(pairs[0].rejected)) == ([("assistant", "a")], [("assistant", "b")])
+    assert [each.reason for each in dropped] == ["empty answer"]
+
+
+def test_whole_conversations_are_split_at_their_last_turn(tmp_path: Path) -> None:
+    rows = [
+        {"chosen": [*ASKED, ANSWER], "rejected": [*ASKED, {**ANSWER, "content": "b"}], "score_chosen": 8.0},
+        {"chosen": [*ASKED, ANSWER], "rejected": [ASKED[0], ASKED[0], ANSWER]},
+    ]
+    (pair,), dropped = read_preferences(rows_of(tmp_path / "ultrafeedback.jsonl", rows))
+    assert (turns(pair.rejected), pair.source) == ([("assistant", "b")], "")
+    assert turns(pair.prompt) == [(turn["role"], turn["content"]) for turn in ASKED]
+    assert [each.reason for each in dropped] == ["turns do not alternate"]
+
+
+@pytest.mark.parametrize(
+    ("score", "problem"),
+    [
+        ("NaN", ":2: not JSON (NaN is not a JSON value)"),
+        ("Infinity", ":2: not JSON (Infinity is not a JSON value)"),
+        ("1e999", ":2: holds a value that JSON does not know (Out of range float values"),
+        ("10.5", ":2: completions.0.score: 10.5 is no grade from 0 to 10"),
+        ("-1", ":2: completions.0.score: -1 is no grade from 0 to 10"),
+        ('"high"', ":2: completions.0.score: Input should be a valid number"),
+    ],
+)
+def test_a_score_that_is_no_grade_is_one_clear_message(tmp_path: Path, score: str, problem: str) -> None:
+    row = (
+        '{"id": "%s", "prompt": [{"role": "user", "content": "q"}], '
+        '"completions": [{"text": "x", "model": "m", "score": %s}]}'
+    )
+    path = tmp_path / "scored.jsonl"
+    path.write_text(row % ("a", "10.0") + "\n" + row % ("b", score) + "\n", encoding="utf-8")
+    rows = RowsConfig(path=str(path))
+    for read in (read_graded, read_graded_or_preferences):
+        message = message_of(lambda read=read: read(rows))  # type: ignore[misc]
+        assert message.startswith(str(path) + problem), message
+        assert "\n" not in message
+
+
+def test_graded_completions_and_pairs_are_told_apart(tmp_path: Path) -> None:
+    graded = {"id": "a", "prompt": ASKED, "completions": [{"text": "x", "model": "m", "score": 3}]}
+    pair = {"chosen": dialogue("q", "a"), "rejected": dialogue("q", "b")}
+    first = read_graded_or_preferences(rows_of(tmp_path / "a.jsonl", [graded]))
+    second = read_graded_or_preferences(rows_of(tmp_path / "b.jsonl", [pair]))
+    assert [[len(rows) for rows in found] for found in (first, second)] == [[1, 0, 0], [0, 1, 0]]
+
+
 def test_a_prompt_without_completions_is_dropped(tmp_path: Path) -> None:
     full = {"id": "a", "prompt": ASKED, "completions": [{"text": "x", "model": "m", "score": 3}]}
     (row,), dropped = read_completions(rows_of(tmp_path / "a.jsonl", [full, {**full, "id": "b", "completions": []}]))
@@ -426,7 +528,7 @@ def test_a_wrong_row_is_one_clear_message(tmp_path: Path, rows: list[dict[str, A
 def test_a_wrong_dialogue_is_one_clear_message(tmp_path: Path) -> None:
     for row, problem in (
         ({"chosen": dialogue("q", "a"), "rejected": 3}, "rejected: Input should be a valid string (found 3)"),
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "prompt: Input should be a valid list"),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt: Input should be a valid list"),
         ({"chosen": dialogue("q", "a")}, "the fields chosen are of no format that fits"),
     ):
         config = rows_of(tmp_path / "a.jsonl", [row])
@@ -461,6 +563,18 @@ def test_the_real_hh_rlhf_rows_split_into_prompt_and_answers() -> None:
             for turn in [*pair.prompt, *pair.chosen]
         )
         assert rebuilt == texts[int(pair.id.rpartition("-")[2]) - 1]
+
+
+def test_real_dialogues_cut_in_two_give_the_same_pairs(tmp_path: Path) -> None:
+    """As full-hh-rlhf cuts them: the prompt ends behind the last marker."""
+    rows = real("hh-rlhf", "harmless-base-test-1500.jsonl")
+    cut = []
+    for number, line in enumerate(Path(rows.path).read_text(encoding="utf-8").splitlines(), 1):
+        sides = {name: text.rpartition("\n\nAssistant:") for name, text in json.loads(line).items()}
+        prompt = sides["chosen"][0] + sides["chosen"][1]
+        answers = {name: answer for name, (_, _, answer) in sides.items()}
+        cut.append({"id": f"{Path(rows.path).stem}-{number}", "prompt": prompt, **answers})
+    assert read_preferences(rows_of(tmp_path / "full.jsonl", cut))[0] == read_preferences(rows)[0]
 
 
 def test_the_real_alpaca_and_self_instruct_rows_are_all_usable() -> None:

@@ -88,7 +88,7 @@ def test_any_text_arrives_alone_and_in_a_list(start: int) -> None:
 
 def test_numbers_lists_and_nothing_arrive() -> None:
     for number in NUMBERS:
-        assert through_a_command_line("reward", "margin_weight", number) == number
+        assert through_a_command_line("judge", "temperature", number) == number
     assert through_a_command_line("sample", "sampling.temperature", [0.0, 1e-3]) == [0.0, 1e-3]
     assert through_a_command_line("sft", "model.lora_targets", []) == []
     assert through_a_command_line("sft", "model.revision", None) is None

@@ -247,7 +247,7 @@ def groups(job: Job, rows: int) -> list[Any]:
     found = []
     for place in range(rows):
         row = PromptGroup(tuple(tokens(job.longest - half)), (tuple(tokens(half)), tuple(tokens(half))))
-        found.append(EncodedGroup("random", str(place), row, (Comparison(0, 1, 1.0),), (1.0, 0.0), (1.0, 0.0)))
+        found.append(EncodedGroup("random", str(place), row, (Comparison(0, 1, 1.0),), (1.0, 0.0)))
     return found
 
 

@@ -6,21 +6,21 @@ it goes by length; how far it agrees with the grader; and whether answers that a
 docs/reward_evaluation.md says how to read the figures.
 
 Reads:   reward                    run folder of a reward model
-         data.path                 completions with grades (none: not used)
-         preferences.path          preference pairs: ours, hh-rlhf or RewardBench (none: not used)
+         data.path                 completions with grades, or preference pairs: ours, TRL's, hh-rlhf, RewardBench
+         sources                   more files of either sort, by name (optional)
 Writes:  held_out_scores.jsonl     every prompt with its answers: score, length in tokens, grade
          manifest.json             metrics.held_out_accuracy by source; metrics.held_out: the rest
 
 Overrides people use:
   reward=runs/mine/reward                     the reward model to examine
-  data.path=none preferences.path=pairs.jsonl preference pairs instead of graded completions
-  preferences.limit=500                       the first 500 pairs only
-  probed_answers=0                            without the probes
+  data.path=pairs.jsonl data.limit=500        other rows: the first 500 of a file
   name=rewardbench                            a folder of its own for each file
+  'sources={hh-rlhf: hh-rlhf.jsonl}'          further files, told apart in every figure
+  probed_answers=0                            without the probes
 
 Examples:
   python -m alignkit.evaluate_reward run=demo
-  python -m alignkit.evaluate_reward run=mine name=rewardbench data.path=none preferences.path=rewardbench.parquet
+  python -m alignkit.evaluate_reward run=mine name=rewardbench data.path=rewardbench.parquet
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("alignkit")
 
-NONE = "none"
 CHECKED_CONVERSATIONS = 64
 """How many are scored again alone and with other padding."""
 
@@ -50,12 +49,13 @@ CHECKED_CONVERSATIONS = 64
 class EvaluateRewardConfig(StageConfig):
     """Configuration of `evaluate_reward`."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("reward", "data.path", "preferences.path")
+    inputs: ClassVar[tuple[str, ...]] = ("reward", "data.path", "sources")
 
     reward: str = ""
     """Run folder of the reward model."""
     data: RowsConfig = field(default_factory=RowsConfig)
-    preferences: RowsConfig = field(default_factory=lambda: RowsConfig(path=NONE))
+    sources: dict[str, str] = field(default_factory=dict)
+    """More files to measure on, each by the name of its source: graded completions, or pairs."""
     min_margin: float = 1.0
     """Smallest difference of two grades that makes a pair."""
     pairs_per_prompt: int = 16
@@ -91,33 +91,35 @@ def run(config: EvaluateRewardConfig) -> Artifact:
 
 def read_groups(config: EvaluateRewardConfig, artifact: Artifact) -> list[AnswerGroup]:
     """Prompts with their answers and comparisons, from graded completions and from preference pairs."""
-    from alignkit.data.sources import read_completions, read_preferences
-    from alignkit.training.reward_data import groups_from_grades, groups_from_preferences
+    from alignkit.data.sources import read_graded_or_preferences
+    from alignkit.training.reward_data import LeftOut, groups_from_grades, groups_from_preferences
 
     groups: list[AnswerGroup] = []
-    if config.data.path != NONE:
-        rows, unusable = read_completions(config.data)
-        graded, without_pair, left_out = groups_from_grades(
-            rows, min_margin=config.min_margin, pairs_per_prompt=config.pairs_per_prompt, seed=config.seed
+    left_out = LeftOut()
+    for name, rows in {
+        "": config.data,
+        **{name: RowsConfig(path=path) for name, path in config.sources.items()},
+    }.items():
+        completions, pairs, unusable = read_graded_or_preferences(rows)
+        graded, without_pair = groups_from_grades(
+            completions,
+            min_margin=config.min_margin,
+            pairs_per_prompt=config.pairs_per_prompt,
+            seed=config.seed,
+            left_out=left_out,
+            judge=name or "graded",
         )
-        groups += graded
-        for each in unusable + without_pair:
+        preferred, malformed = groups_from_preferences(pairs, name)
+        groups += graded + preferred
+        for each in unusable + without_pair + malformed:
             artifact.drop(each.row, each.reason, each.detail)
-        artifact.metrics |= {
-            "completions_left_out": {"unfinished": left_out.unfinished, "ungraded": left_out.ungraded},
-            "comparisons_left_out": left_out.comparisons,
-        }
-    if config.preferences.path != NONE:
-        pairs, unusable = read_preferences(config.preferences)
-        preferred, malformed = groups_from_preferences(pairs)
-        groups += preferred
-        for each in unusable + malformed:
-            artifact.drop(each.row, each.reason, each.detail)
+    artifact.metrics |= {
+        "completions_left_out": {"unfinished": left_out.unfinished, "ungraded": left_out.ungraded},
+        "comparisons_left_out": left_out.comparisons,
+    }
     if not groups:
-        raise UserError(
-            "there is no pair to measure on: give data.path (completions whose scores differ by min_margin) "
-            "or preferences.path; dropped.jsonl has the rows that could not be used"
-        )
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in artifact.dropped.most_common())
+        raise UserError(f"data.path={config.data.path}: there is no pair to measure on ({reasons}); see dropped.jsonl")
     return groups
 
 

@@ -2,11 +2,13 @@
 
 It is the policy's base and adapter with a linear value head on the last hidden state, read at an answer's end-of-turn
 token. Within a prompt every two completions whose grades differ by min_margin are a pair; rows of hh-rlhf or other
-pairs can be mixed in. A share of prompts is held out, and the accuracy on their pairs is the number to look at. After
-training the saved model is loaded again and must give the same scores.
+pairs, and grades of other judges, can be mixed in. A share of prompts is held out, and the accuracy on their pairs is
+the number to look at. After training the saved model is loaded again and must give the same scores. docs/reward.md has
+the whole story.
 
 Reads:   data.path               completions with grades (none: train on preferences alone)
-         preferences.path        preference pairs, ours or hh-rlhf (none: not used)
+         preferences.path        preference pairs: ours, TRL's, hh-rlhf, full-hh-rlhf, RewardBench (none: not used)
+         sources                 more files of either sort, by name (optional)
          adapter                 the adapter to start from; null starts from the base with a new one
 Writes:  adapter/, value_head.safetensors, reward_config.json     the run folder is the reward model
          held_out_scores.jsonl     the held-out prompts with their answers' scores, lengths and grades
@@ -15,8 +17,12 @@ Writes:  adapter/, value_head.safetensors, reward_config.json     the run folder
 
 Overrides people use:
   preferences.path=hh-rlhf.jsonl preferences.limit=8000   mix in human preferences
+  'sources={other_judge: scored.jsonl}'                   more grades or pairs, by the name of their source
+  'weights={graded: 1, hh-rlhf: 0.5}'                     how much each source counts
   min_margin=2                                            only clear differences
   train.epochs=2 train.learning_rate=2e-4                 how long and how fast
+  heads=4                                                 an ensemble, whose disagreement measures doubt
+  center_weight=0.01 regress_weight=0.1 margin_weight=0.1 further terms of the loss
   held_out_share=0.2                                      prompts kept for measuring
   adapter=runs/mine/sft/adapter                           where it starts
 
@@ -28,7 +34,9 @@ Examples:
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
@@ -45,7 +53,7 @@ from alignkit.core.config import (
 )
 from alignkit.core.errors import UserError
 from alignkit.core.ranks import world_size
-from alignkit.core.records import Dropped
+from alignkit.core.records import CompletionSet, Dropped, PreferencePair
 
 if TYPE_CHECKING:
     from alignkit.models.jobs import Job
@@ -65,10 +73,14 @@ RELOAD_TOLERANCE = 1e-5
 class RewardConfig(StageConfig):
     """Configuration of `reward`."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("data.path", "preferences.path", "adapter", "model.path")
+    inputs: ClassVar[tuple[str, ...]] = ("data.path", "preferences.path", "sources", "adapter", "model.path")
 
     data: RowsConfig = field(default_factory=RowsConfig)
     preferences: RowsConfig = field(default_factory=lambda: RowsConfig(path=NONE, limit=8000))
+    sources: dict[str, str] = field(default_factory=dict)
+    """More files to learn from, each by the name of its source: graded completions of another judge, or pairs."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """How much the prompts of a source count, by its name; 1 for a source that is not named."""
     adapter: Optional[str] = None  # noqa: UP045
     """Start from this adapter; its rank and dropout then count, not those of `lora`."""
     held_out_share: float = 0.1
@@ -79,18 +91,35 @@ class RewardConfig(StageConfig):
     margin_weight: float = 0.0
     """Demand a score difference of this times the difference of the grades."""
     regress_weight: float = 0.0
-    """Weight of an additional loss that pulls scores to the standardised grades themselves."""
+    """Weight of an additional loss that pulls scores to the grades themselves; scale and offset are learned a judge."""
+    center_weight: float = 0.0
+    """Weight of an additional loss that keeps the two scores of a pair around 0; 0.01 is usual."""
+    heads: int = 1
+    """Linear heads on the same hidden state, each with its own resample of the prompts; 4 or more measure doubt."""
+    head_learning_rate: Optional[float] = None  # noqa: UP045
+    """Of the value head, where it is to differ from train.learning_rate."""
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
+    def __post_init__(self) -> None:
+        """Raise `UserError` for numbers that mean nothing."""
+        for name in ("min_margin", "margin_weight", "regress_weight", "center_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name}={getattr(self, name)}: must be 0 or more")
+        for name in ("pairs_per_prompt", "heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.head_learning_rate is not None and not 0 < self.head_learning_rate < math.inf:
+            raise UserError(f"head_learning_rate={self.head_learning_rate}: must be above 0, or null")
+        if not 0 <= self.held_out_share < 1:
+            raise UserError(f"held_out_share={self.held_out_share}: must be at least 0 and below 1")
+
 
 def run(config: RewardConfig) -> Artifact:
     """Build pairs, hold prompts out, train, measure, save, and check that what was saved scores the same."""
-    if not 0 <= config.held_out_share < 1:
-        raise UserError(f"held_out_share={config.held_out_share}: must be at least 0 and below 1")
     with Artifact.open("reward", config) as artifact:
         if artifact.up_to_date:
             return artifact
@@ -101,7 +130,7 @@ def run(config: RewardConfig) -> Artifact:
         from alignkit.training.arguments import refuse_what_only_sft_has
         from alignkit.training.distributed import require_possible
         from alignkit.training.reward import Objective, train_reward_model
-        from alignkit.training.reward_data import split_by_prompt
+        from alignkit.training.reward_data import source_weights, split_by_prompt
         from alignkit.training.tracking import require_tracker
 
         refuse_what_only_sft_has(config.train)
@@ -110,6 +139,7 @@ def run(config: RewardConfig) -> Artifact:
             raise UserError("lora.init=pissa: only sft has it, leave it out here")
         require_possible("reward", config.model, config.train, config.distributed)
         groups = read_groups(config, artifact)
+        weights = source_weights(groups, config.weights)
         train_groups, held_out_groups = split_by_prompt(groups, config.held_out_share, config.seed)
         if not train_groups:
             raise UserError(
@@ -117,16 +147,23 @@ def run(config: RewardConfig) -> Artifact:
                 "and leaves none to train on; lower it, or give more data"
             )
         tokenizer = load_tokenizer(config.model)
-        train = encode(config, tokenizer, train_groups, train_groups, artifact)
-        held_out = encode(config, tokenizer, held_out_groups, train_groups, artifact)
+        train = encode(config, tokenizer, train_groups, weights, "leaves for training", artifact)
+        held_out = encode(config, tokenizer, held_out_groups, weights, "holds out", artifact)
+        require_grades(config, train)
         require_memory(job(config, train), config.hardware, artifact)
 
         reward_model = starting_model(config, tokenizer)
-        objective = Objective(config.margin_weight, config.regress_weight)
-        losses = train_reward_model(reward_model, train, objective, config.train, config.seed, artifact)
+        objective = Objective(config.margin_weight, config.regress_weight, config.center_weight)
+        losses = train_reward_model(
+            reward_model, train, objective, config.train, config.seed, artifact, config.head_learning_rate
+        )
         if not artifact.writes:
             return artifact
 
+        if config.heads > 1:
+            heads = reward_model.head_scores([each.tokens for each in train])
+            reward_model.balance_heads([answer for group in heads for answer in group])
+            artifact.metrics["held_out_accuracy_of_heads"] = accuracy_of_heads(reward_model, held_out)
         train_scores = reward_model.raw_scores([each.tokens for each in train])
         reward_model.centre([score for scores in train_scores for score in scores])
         artifact.metrics |= {
@@ -147,52 +184,92 @@ def run(config: RewardConfig) -> Artifact:
 
 def read_groups(config: RewardConfig, artifact: Artifact) -> list[AnswerGroup]:
     """Prompts with their answers and comparisons, from graded completions and from preference pairs."""
-    from alignkit.data.sources import read_completions, read_preferences
-    from alignkit.training.reward_data import groups_from_grades, groups_from_preferences
+    from alignkit.data.sources import read_graded, read_graded_or_preferences, read_preferences
+    from alignkit.training.reward_data import LeftOut, groups_from_grades, groups_from_preferences
 
     groups: list[AnswerGroup] = []
     dropped: list[Dropped] = []
-    if config.data.path != NONE:
-        rows, unusable = read_completions(config.data)
-        graded, without_pair, left_out = groups_from_grades(
-            rows, min_margin=config.min_margin, pairs_per_prompt=config.pairs_per_prompt, seed=config.seed
+    left_out = LeftOut()
+
+    def learn(graded: list[CompletionSet], pairs: list[PreferencePair], unusable: list[Dropped], name: str) -> None:
+        more, without_pair = groups_from_grades(
+            graded,
+            min_margin=config.min_margin,
+            pairs_per_prompt=config.pairs_per_prompt,
+            seed=config.seed,
+            left_out=left_out,
+            judge=name or "graded",
+            pointwise=config.regress_weight > 0,
         )
-        groups += graded
-        dropped += unusable + without_pair
-        artifact.metrics |= {
-            "completions_left_out": {"unfinished": left_out.unfinished, "ungraded": left_out.ungraded},
-            "comparisons_left_out": left_out.comparisons,
-        }
+        preferred, malformed = groups_from_preferences(pairs, name)
+        groups.extend(more + preferred)
+        dropped.extend(unusable + without_pair + malformed)
+
+    if config.data.path != NONE:
+        graded, unusable = read_graded(config.data)
+        learn(graded, [], unusable, "")
     if config.preferences.path != NONE:
         pairs, unusable = read_preferences(config.preferences)
-        preferred, malformed = groups_from_preferences(pairs)
-        groups += preferred
-        dropped += unusable + malformed
+        learn([], pairs, unusable, "")
+    for name, path in config.sources.items():
+        learn(*read_graded_or_preferences(RowsConfig(path=path)), name)
     for each in dropped:
         artifact.drop(each.row, each.reason, each.detail)
+    artifact.metrics |= {
+        "completions_left_out": {"unfinished": left_out.unfinished, "ungraded": left_out.ungraded},
+        "comparisons_left_out": left_out.comparisons,
+    }
     if not groups:
-        raise UserError(
-            "there is no pair to learn from: give data.path (completions whose scores differ by min_margin) "
-            "or preferences.path; dropped.jsonl has the rows that could not be used"
-        )
+        raise UserError(nothing_to_learn(config, dropped))
     return groups
+
+
+def nothing_to_learn(config: RewardConfig, dropped: Sequence[Dropped]) -> str:
+    """Why there is no pair, with what to do about each reason."""
+    from alignkit.training.reward_data import EQUAL_GRADES, ONE_COMPLETION, TOO_CLOSE, UNGRADED
+
+    if not dropped:
+        return "there is no pair to learn from: give data.path (graded completions), preferences.path or sources"
+    advice = {
+        ONE_COMPLETION: "sample several a prompt: sampling.n=4",
+        EQUAL_GRADES: "a judge that says the same of every answer teaches nothing: see its grades.jsonl, or use "
+        "mode=pairwise in judge",
+        TOO_CLOSE: f"lower min_margin={config.min_margin:g}",
+        UNGRADED: "run judge on them first",
+    }
+    reasons = Counter(each.reason for each in dropped).most_common()
+    found = [f"{count} x {reason}" + f" ({advice[reason]})" * (reason in advice) for reason, count in reasons]
+    return f"there is no pair to learn from: {'; '.join(found)}. dropped.jsonl has the rows."
+
+
+def require_grades(config: RewardConfig, groups: Sequence[EncodedGroup]) -> None:
+    """Raise `UserError` for a regression on grades where there are none."""
+    if config.regress_weight and all(grade is None for group in groups for grade in group.grades):
+        raise UserError(
+            f"regress_weight={config.regress_weight:g}: no answer has a grade, and pairs alone have none; give "
+            "data.path, or leave it out"
+        )
 
 
 def encode(
     config: RewardConfig,
     tokenizer: Any,
     groups: Sequence[AnswerGroup],
-    train_groups: Sequence[AnswerGroup],
+    weights: Mapping[str, float],
+    side: str,
     artifact: Artifact,
 ) -> list[EncodedGroup]:
-    """Groups as tokens. Targets are grades standardised by those of the training groups."""
+    """Groups as tokens, with how much each counts for each head; `weights` are those of the sources."""
     from alignkit.training.reward import encode_group
-    from alignkit.training.reward_data import grade_statistics
+    from alignkit.training.reward_data import bootstrap_weights
 
-    mean, deviation = grade_statistics(train_groups)
     encoded = []
     for group in groups:
-        row, unreadable = encode_group(tokenizer, group, config.model.max_length, mean, deviation)
+        drawn = bootstrap_weights(group.prompt_key, config.heads, config.seed)
+        counts = tuple(weights[group.source] * weight for weight in drawn)
+        row, unreadable = encode_group(
+            tokenizer, group, config.model.max_length, counts, pointwise=config.regress_weight > 0
+        )
         prompt = [message.model_dump() for message in group.prompt]
         for answer, reason in unreadable.items():
             artifact.drop({"id": group.id, "prompt": prompt, "answer": answer}, reason.split(" (")[0], reason)
@@ -202,11 +279,10 @@ def encode(
             answers = {"id": group.id, "prompt": prompt, "answers": list(group.answers)}
             artifact.drop(answers, "no comparison left", f"{len(unreadable)} answers cannot be read")
     if groups and not encoded:
-        share = config.held_out_share
-        side = f"{share} leaves for training" if groups is train_groups else f"{share} holds out"
         raise UserError(
             f"no pair fits model.max_length={config.model.max_length} in the {len(groups)} rows that "
-            f"held_out_share={side} (see dropped.jsonl); raise model.max_length, or change held_out_share"
+            f"held_out_share={config.held_out_share} {side} (see dropped.jsonl); raise model.max_length, or change "
+            "held_out_share"
         )
     return encoded
 
@@ -241,7 +317,20 @@ def starting_model(config: RewardConfig, tokenizer: Any) -> RewardModel:
         policy: Any = new_adapter(load_base(config.model), config.lora, config.model.lora_targets)
     else:
         policy = load_policy(config.model, config.adapter, trainable=True)
-    return RewardModel(ValueHeadModel(policy), tokenizer, config.model)
+    return RewardModel(ValueHeadModel(policy, config.heads), tokenizer, config.model)
+
+
+def accuracy_of_heads(reward_model: RewardModel, groups: Sequence[EncodedGroup]) -> list[float]:
+    """Share of pairs that each head alone ranks right: what the ensemble adds is the distance to their mean."""
+    from alignkit.training.reward import ranked_right
+
+    found = []
+    scores = reward_model.head_scores([each.tokens for each in groups])
+    for head in range(len(reward_model.head_offsets)):
+        right = ranked_right(groups, [[answer[head] for answer in group] for group in scores])
+        outcomes = [each for group in right for each in group]
+        found.append(sum(outcomes) / max(1, len(outcomes)))
+    return found
 
 
 def save(reward_model: RewardModel, artifact: Artifact) -> None:

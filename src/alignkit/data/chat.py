@@ -74,6 +74,19 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[M
     return _encode(tokenizer, messages, [len(messages) - 1], None).input_ids
 
 
+def encode_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a conversation that the chat template has rendered already, its end-of-turn token last.
+
+    Raises `RefusedError` for a text that does not end there: it is no conversation that ends with an answer.
+    """
+    ending = _ending(tokenizer)
+    ids = _tokens(tokenizer, text.removesuffix(ending.rest))
+    if ids[-1:] != [ending.token]:
+        token = tokenizer.convert_ids_to_tokens(ending.token)
+        raise RefusedError(f"a text that does not end with {token} is no conversation that the chat template rendered")
+    return ids
+
+
 def encode_example(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Sequence[Message],

@@ -73,7 +73,7 @@ def classifier_of(reward_model: RewardModel, dtype: torch.dtype) -> PreTrainedMo
     """
     from transformers import AutoModelForSequenceClassification
 
-    head = reward_model.module.value_head.weight.detach() / reward_model.scale
+    head = reward_model.module.mean_head / reward_model.scale
     merged = _merge_loaded(reward_model.module.policy, dtype)
     config = merged.config
     config.num_labels, config.pad_token_id = 1, reward_model.tokenizer.pad_token_id

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
+from statistics import pstdev
 from typing import TYPE_CHECKING, Any
 
 from alignkit.core.config import ModelConfig, Quantization
 from alignkit.core.errors import UserError
 from alignkit.core.manifest import to_plain
+from alignkit.core.progress import progress
 
 if TYPE_CHECKING:
     from alignkit.core.records import Message
@@ -30,13 +33,17 @@ ADAPTER_FOLDER = "adapter"
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 16384
 """Tokens in one forward pass of scoring, padding included: a CPU is fastest while they fit its cache."""
 
+WINDOW = 1024
+"""Rows of which those of similar length are scored together."""
+
 
 class RewardModel:
     """Scores conversations that end with an answer.
 
     A score is (raw - `offset`) / `scale`, where raw is what the value head says at the answer's last token, its
     end-of-turn token; training chooses offset and scale so that the scores of its own answers have mean 0 and standard
-    deviation 1.
+    deviation 1. With several heads (an ensemble on one backbone: Osband et al., 2016, arXiv 1602.04621; Coste et al.,
+    2023, arXiv 2310.02743) raw is their mean, and their standard deviation is how much they disagree.
     """
 
     def __init__(
@@ -48,6 +55,8 @@ class RewardModel:
         self.adapter_name = adapter_name
         self.offset = 0.0
         self.scale = 1.0
+        self.head_offsets = [0.0] * module.value_head.out_features
+        """What each head says of an average answer: disagreement is counted from there."""
 
     # -- files ------------------------------------------------------------------------------------------------------
 
@@ -72,10 +81,13 @@ class RewardModel:
             policy.load_adapter(str(folder / ADAPTER_FOLDER), adapter_name=adapter_name)
         else:
             policy = load_policy(model, str(folder / ADAPTER_FOLDER))
-        module = ValueHeadModel(policy)
+        head_offsets = entries.get("head_offsets", [0.0])
+        module = ValueHeadModel(policy, heads=len(head_offsets))
+        _require_fit(folder / HEAD_FILE, head, module)
         module.value_head.load_state_dict(head)
         reward_model = cls(module, load_tokenizer(model), model, adapter_name=adapter_name)
         reward_model.offset, reward_model.scale = entries["offset"], entries["scale"]
+        reward_model.head_offsets = head_offsets
         return reward_model
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -97,70 +109,90 @@ class RewardModel:
             "offset": self.offset,
             "scale": self.scale,
         }
+        if len(self.head_offsets) > 1:
+            entries["head_offsets"] = self.head_offsets
         (folder / CONFIG_FILE).write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
 
     # -- scores -----------------------------------------------------------------------------------------------------
 
-    def score(self, rows: Sequence[Mapping[str, Any]], batch_tokens: int | None = None) -> list[float]:
-        """Scores of `rows`, each {"messages": [...]} or {"prompt": ..., "completion": ...}, in their order.
+    def score(
+        self,
+        rows: Sequence[Mapping[str, Any] | str],
+        batch_tokens: int | None = None,
+        *,
+        show_progress: bool = False,
+    ) -> list[float]:
+        """Scores of `rows` in their order; a row is a conversation that ends with the answer, in one of three forms.
 
-        Prompt and completion are lists of messages or plain texts. Raises `UserError` with the row's index for a row of
-        another form or longer than `model.max_length` tokens: nothing is cut. `batch_tokens` bounds a forward pass,
-        padding included; by default by the device.
+        {"messages": [...]}, or {"prompt": ..., "completion": ...} with lists of messages or plain texts, or a text: the
+        whole conversation as the chat template renders it, up to the end-of-turn token. Raises `UserError` with the
+        row's index for a row of another form or longer than `model.max_length` tokens: nothing is cut. `batch_tokens`
+        bounds a forward pass, padding included; by default by the device.
         """
-        conversations = [read_conversation(row, index) for index, row in enumerate(rows)]
         scores: list[float] = []
-        for index, score in enumerate(self.scores_or_reasons(conversations, batch_tokens)):
+        found: Iterable[float | str] = self.iter_scores(rows, batch_tokens)
+        if show_progress:
+            found = progress(found, "scoring", total=len(rows))
+        for index, score in enumerate(found):
             if isinstance(score, str):
                 raise UserError(f"row {index} cannot be scored: {score}. Leave it out.")
             scores.append(score)
         return scores
 
+    def iter_scores(
+        self, rows: Iterable[Mapping[str, Any] | str], batch_tokens: int | None = None, window: int = WINDOW
+    ) -> Iterator[float | str]:
+        """For each of any number of rows its score, or the reason why it has none, while they are read.
+
+        At most `window` rows are held. Those of similar length are scored together, so that a larger window pads less.
+        Raises `UserError` with the row's index for a row that is of none of the forms of `score`.
+        """
+        from alignkit.models.conversations import read_conversation
+
+        numbered = enumerate(rows)
+        while conversations := [read_conversation(row, index) for index, row in islice(numbered, window)]:
+            yield from self.scores_or_reasons(conversations, batch_tokens)
+
     def scores_or_reasons(
-        self, conversations: Sequence[Sequence[Message]], batch_tokens: int | None = None
+        self, conversations: Sequence[Sequence[Message] | str], batch_tokens: int | None = None
     ) -> list[float | str]:
-        """For each conversation its score, or the reason why it has none.
+        """For each conversation its score, or the reason why it has none; a text is a conversation already rendered.
 
         Equal conversations are scored once, and answers to one prompt share its computation; neither changes a score
         beyond floating-point rounding.
         """
-        from alignkit.models.value_head import PromptGroup
+        found = self._say(conversations, batch_tokens)
+        return [each if isinstance(each, str) else self._score(each) for each in found]
 
-        places: dict[tuple[str, ...], dict[str, list[int]]] = {}
-        found: list[float | str] = [""] * len(conversations)
-        for index, (*prompt, answer) in enumerate(conversations):
-            if answer.tool_calls:
-                found[index] = "the answer calls a tool"
-                continue
-            key = tuple(message.model_dump_json() for message in prompt)
-            places.setdefault(key, {}).setdefault(answer.content, []).append(index)
-        groups: list[PromptGroup] = []
-        owners: list[list[list[int]]] = []
-        for answers in places.values():
-            indices = list(answers.values())
-            before = conversations[indices[0][0]][:-1]
-            prompt_ids, encoded = encode_answers(self.tokenizer, before, list(answers), self.model.max_length)
-            for ids, same in zip(encoded, indices, strict=True):
-                for index in same:
-                    found[index] = ids if isinstance(ids, str) else found[index]
-            if readable := tuple(ids for ids in encoded if not isinstance(ids, str)):
-                groups.append(PromptGroup(prompt_ids, readable))
-                owners.append([same for ids, same in zip(encoded, indices, strict=True) if not isinstance(ids, str)])
-        for group_owners, raw in zip(owners, self.raw_scores(groups, batch_tokens), strict=True):
-            for same, value in zip(group_owners, raw, strict=True):
-                for index in same:
-                    found[index] = (value - self.offset) / self.scale
-        return found
+    def scores_and_disagreements(
+        self, conversations: Sequence[Sequence[Message] | str], batch_tokens: int | None = None
+    ) -> list[tuple[float, float] | str]:
+        """For each conversation its score and how much the heads disagree about it, or the reason why it has none.
+
+        The disagreement is the standard deviation of the heads' own scores (each head is 0 for an average answer), in
+        the unit of the score. Raises `UserError` for a reward model with a single head.
+        """
+        if len(self.head_offsets) == 1:
+            raise UserError(
+                "this reward model has one head, and so no disagreement: train one with several (reward heads=4), or "
+                "do without it"
+            )
+        found = self._say(conversations, batch_tokens)
+        return [each if isinstance(each, str) else (self._score(each), self._disagreement(each)) for each in found]
 
     def raw_scores(self, groups: Sequence[PromptGroup], batch_tokens: int | None = None) -> list[list[float]]:
-        """What the value head says of every answer of every group, before offset and scale."""
+        """What the heads say on average of every answer of every group, before offset and scale."""
+        return [[_mean(answer) for answer in group] for group in self.head_scores(groups, batch_tokens)]
+
+    def head_scores(self, groups: Sequence[PromptGroup], batch_tokens: int | None = None) -> list[list[list[float]]]:
+        """What each head says of every answer of every group."""
         import torch
 
         from alignkit.models.value_head import collate
 
         parts = [(index, part) for index, group in enumerate(groups) for part in group.split(self.model.max_length)]
         by_length = sorted(range(len(parts)), key=lambda place: len(parts[place][1]))
-        found: dict[int, list[float]] = {}
+        found: dict[int, list[list[float]]] = {}
         device = self.module.value_head.weight.device
         limit = batch_tokens or (CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS)
         self.module.eval()
@@ -170,16 +202,47 @@ class RewardModel:
                 values = iter(self.module(**{key: value.to(device) for key, value in inputs.items()}).tolist())
                 for place in batch:
                     found[place] = [next(values) for _ in parts[place][1].answers]
-        scores: list[list[float]] = [[] for _ in groups]
+        scores: list[list[list[float]]] = [[] for _ in groups]
         for place, (index, _) in enumerate(parts):
             scores[index] += found[place]
         return scores
 
+    def balance_heads(self, scores: Sequence[Sequence[float]]) -> None:
+        """Scale each head so that these answers, given with what each head says of them, get standard deviation 1.
+
+        Without it a head whose numbers are large would outvote the others in their mean. A single head is left as it
+        is: `centre` does the rest.
+        """
+        if len(self.head_offsets) == 1:
+            return
+        for head, values in enumerate(zip(*scores, strict=True)):
+            mean, deviation = _moments(values)
+            self.module.value_head.weight.data[head] /= deviation
+            self.head_offsets[head] = mean / deviation
+
     def centre(self, raw: Sequence[float]) -> None:
         """Set offset and scale so that these raw scores get mean 0 and, unless all equal, standard deviation 1."""
-        self.offset = sum(raw) / len(raw)
-        variance = sum((value - self.offset) ** 2 for value in raw) / len(raw)
-        self.scale = variance**0.5 if variance > 0 else 1.0
+        self.offset, self.scale = _moments(raw)
+
+    def _score(self, heads: Sequence[float]) -> float:
+        return (_mean(heads) - self.offset) / self.scale
+
+    def _disagreement(self, heads: Sequence[float]) -> float:
+        return pstdev(value - offset for value, offset in zip(heads, self.head_offsets, strict=True)) / self.scale
+
+    def _say(
+        self, conversations: Sequence[Sequence[Message] | str], batch_tokens: int | None
+    ) -> list[list[float] | str]:
+        """What each head says of each conversation, or the reason why nothing can be said."""
+        from alignkit.models.conversations import group_by_prompt
+
+        groups, owners, reasons = group_by_prompt(self.tokenizer, conversations, self.model.max_length)
+        found: list[list[float] | str] = [reasons.get(index, "") for index in range(len(conversations))]
+        for group_owners, scores in zip(owners, self.head_scores(groups, batch_tokens), strict=True):
+            for same, heads in zip(group_owners, scores, strict=True):
+                for index in same:
+                    found[index] = heads
+        return found
 
     @contextmanager
     def _active(self) -> Iterator[None]:
@@ -196,50 +259,15 @@ class RewardModel:
             policy.set_adapter(previous)
 
 
-def encode_answers(
-    tokenizer: Any, prompt: Sequence[Message], answers: Sequence[str], max_length: int
-) -> tuple[tuple[int, ...], list[tuple[int, ...] | str]]:
-    """Token ids of a prompt, and of each answer with its end-of-turn token or the reason why it cannot be read."""
-    from alignkit.core.records import Message
-    from alignkit.data.chat import RefusedError, encode_conversation, encode_prompt, special_token_in
-
-    try:
-        prompt_ids = tuple(encode_prompt(tokenizer, prompt))
-    except RefusedError as error:
-        return (), [str(error)] * len(answers)
-    encoded: list[tuple[int, ...] | str] = []
-    for answer in answers:
-        messages = [*prompt, Message(role="assistant", content=answer)]
-        try:
-            ids = encode_conversation(tokenizer, messages)
-        except RefusedError as error:
-            encoded.append(str(error))
-            continue
-        if special := special_token_in(tokenizer, messages):
-            encoded.append(f"the text holds the special token {special}")
-        elif len(ids) > max_length:
-            encoded.append(f"longer than max_length ({len(ids)} of {max_length} tokens)")
-        else:
-            encoded.append(tuple(ids[len(prompt_ids) :]))
-    return prompt_ids, encoded
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
-def read_conversation(row: Mapping[str, Any], index: int) -> list[Message]:
-    """The conversation of a row to be scored; `UserError` naming row `index` when it has not the form."""
-    from pydantic import ValidationError
-
-    try:
-        if "messages" in row:
-            messages = _turns(row["messages"], "user")
-        else:
-            messages = _turns(row["prompt"], "user") + _turns(row["completion"], "assistant")
-    except (KeyError, TypeError, ValidationError) as error:
-        raise UserError(
-            f'row {index}: give {{"messages": [{{"role", "content"}}, ...]}} or {{"prompt", "completion"}} ({error})'
-        ) from error
-    if len(messages) < 2 or messages[-1].role != "assistant":
-        raise UserError(f"row {index}: a conversation to score is a prompt and, at its end, an assistant's turn")
-    return messages
+def _moments(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation; 1 for the latter where all values are equal, as there is nothing to divide by."""
+    mean = _mean(values)
+    variance = sum((value - mean) ** 2 for value in values) / len(values)
+    return mean, variance**0.5 if variance > 0 else 1.0
 
 
 def _has_base_of(adapter: Path, policy: Any, model: ModelConfig) -> bool:
@@ -255,15 +283,6 @@ def _has_base_of(adapter: Path, policy: Any, model: ModelConfig) -> bool:
     in_4_bits = bool(getattr(base, "is_loaded_in_4bit", False))
     same_weights = json.loads(record.read_text(encoding="utf-8"))["fingerprint"] == base_fingerprint(base)
     return bool(same_weights and in_4_bits == (model.quantization is Quantization.nf4))
-
-
-def _turns(value: Any, role: str) -> list[Message]:
-    """Messages, or a text as the one message of `role`."""
-    from alignkit.core.records import Message
-
-    if isinstance(value, str):
-        return [Message.model_validate({"role": role, "content": value})]
-    return [Message.model_validate(turn) for turn in value]
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -288,6 +307,7 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
         entries = json.loads(path.read_text(encoding="utf-8"))
         base = dict(entries["base"], quantization=Quantization[entries["base"]["quantization"]])
         _ = entries["value_head_sha256"], float(entries["offset"]), float(entries["scale"])
+        _ = [float(offset) for offset in entries.get("head_offsets", [0.0])]
         return entries, ModelConfig(**base)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}). Run the reward stage again.") from error
@@ -308,3 +328,15 @@ def _read_head(folder: Path, sha256: str) -> dict[str, Any]:
             f"{path}: not the value head that {CONFIG_FILE} names (its hash differs). Train again or copy it."
         )
     return load(content)
+
+
+def _require_fit(path: Path, head: Mapping[str, Any], module: ValueHeadModel) -> None:
+    """Raise `UserError` when the value head that was read has not the shape of the model's."""
+    expected = module.value_head.weight.shape
+    found = head["weight"].shape if "weight" in head else None
+    if found != expected:
+        raise UserError(
+            f"{path}: holds {'no weight' if found is None else f'{found[0]} heads for {found[1]} hidden values'}, but "
+            f"the base and {CONFIG_FILE} want {expected[0]} for {expected[1]}. It is the head of another reward model: "
+            "copy the run folder whole, or train again."
+        )

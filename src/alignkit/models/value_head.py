@@ -82,14 +82,14 @@ def visible(segments: Tensor) -> Tensor:
 
 
 class ValueHeadModel(torch.nn.Module):
-    """Last hidden state of a causal language model -> one number by a linear head, which is held in fp32.
+    """Last hidden state of a causal language model -> a number by each of its linear heads, which are held in fp32.
 
-    The head has no bias: pairs of answers cannot teach it one, and the reward model's offset takes its place.
-    `policy` is the language model, with or without adapters; its language-model head is not used. Raises `UserError`
-    for attention kernels that take no mask of our own.
+    Heads have no bias: pairs of answers cannot teach it, and the reward model's offset takes its place. Each begins at
+    a random place of its own. `policy` is the language model, with or without adapters; its language-model head is not
+    used. Raises `UserError` for attention kernels that take no mask of our own.
     """
 
-    def __init__(self, policy: Any) -> None:
+    def __init__(self, policy: Any, heads: int = 1) -> None:
         super().__init__()
         attention = policy.config._attn_implementation
         if attention not in ("sdpa", "eager"):
@@ -98,8 +98,13 @@ class ValueHeadModel(torch.nn.Module):
             )
         self.policy = policy
         hidden_size = policy.config.get_text_config().hidden_size
-        self.value_head = torch.nn.Linear(hidden_size, 1, bias=False, dtype=torch.float32, device=policy.device)
+        self.value_head = torch.nn.Linear(hidden_size, heads, bias=False, dtype=torch.float32, device=policy.device)
         torch.nn.init.normal_(self.value_head.weight, std=(hidden_size + 1) ** -0.5)
+
+    @property
+    def mean_head(self) -> Tensor:
+        """The one head [1, hidden size] that says what all heads say on average."""
+        return self.value_head.weight.detach().mean(dim=0, keepdim=True)
 
     @property
     def backbone(self) -> torch.nn.Module:
@@ -109,7 +114,7 @@ class ValueHeadModel(torch.nn.Module):
         return backbone
 
     def forward(self, input_ids: Tensor, segments: Tensor, position_ids: Tensor, last: Tensor) -> Tensor:
-        """Scores [answers] of a `collate`d batch."""
+        """What each head says of each answer of a `collate`d batch: [answers, heads]."""
         mask = visible(segments)
         if self.policy.config._attn_implementation == "eager":  # adds its mask, where sdpa reads it as true and false
             mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float16).min)
@@ -117,7 +122,7 @@ class ValueHeadModel(torch.nn.Module):
             input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False
         ).last_hidden_state
         with torch.autocast(hidden.device.type, enabled=False):  # in 16 bits close answers would tie
-            scores: Tensor = self.value_head(hidden[last[:, 0], last[:, 1]].float())[:, 0]
+            scores: Tensor = self.value_head(hidden[last[:, 0], last[:, 1]].float())
         return scores
 
     def activation_checkpointing_enable(

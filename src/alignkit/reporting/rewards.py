@@ -91,6 +91,8 @@ def worst_mistakes(rows: Sequence[Mapping[str, Any]]) -> list[Mistake]:
     wrong: list[tuple[float, Mistake]] = []
     for row in rows:
         pairs = [(row["answers"][better], row["answers"][worse]) for better, worse in row["comparisons"]]
+        if not pairs:
+            continue
         better, worse = max(pairs, key=lambda pair: pair[1]["score"] - pair[0]["score"])
         if worse["score"] > better["score"]:
             texts = better["text"], better["score"], worse["text"], worse["score"]

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from statistics import mean, pstdev
 
+from alignkit.core.errors import UserError
 from alignkit.core.records import CompletionSet, Dropped, Message, PreferencePair
+
+UNGRADED = "no graded completion"
+ONE_COMPLETION = "one graded completion, and none to compare it with"
+EQUAL_GRADES = "all completions have the same grade"
+TOO_CLOSE = "no two completions differ by min_margin"
+"""Reasons for which a prompt teaches nothing."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,8 @@ class AnswerGroup:
     answers: tuple[str, ...]
     grades: tuple[float | None, ...]
     comparisons: tuple[Comparison, ...]
+    judge: str = ""
+    """Who gave the grades: those of one judge are on one scale."""
 
     @property
     def prompt_key(self) -> str:
@@ -65,16 +75,24 @@ def compare(grades: Sequence[float | None], min_margin: float) -> list[Compariso
 
 
 def groups_from_grades(
-    rows: Iterable[CompletionSet], *, min_margin: float, pairs_per_prompt: int, seed: int
-) -> tuple[list[AnswerGroup], list[Dropped], LeftOut]:
+    rows: Iterable[CompletionSet],
+    *,
+    min_margin: float,
+    pairs_per_prompt: int,
+    seed: int,
+    left_out: LeftOut,
+    judge: str = "graded",
+    pointwise: bool = False,
+) -> tuple[list[AnswerGroup], list[Dropped]]:
     """One group a prompt whose completions were graded.
 
-    Equal texts count once, with the mean of their grades. Of more than `pairs_per_prompt` comparisons as many are drawn
-    at random (the largest margins alone would be the easy ones). Unfinished completions are left out: their end was
-    never written, so it cannot be judged. A row that yields no comparison is dropped. Completions left out are counted
-    over all rows, also those that are dropped.
+    `judge` names who graded, and with it the source. Equal texts count once, with the mean of their grades. Of more
+    than `pairs_per_prompt` comparisons as many are drawn at random (the largest margins alone would be the easy ones).
+    Unfinished completions are left out: their end was never written, so it cannot be judged. A row that yields no
+    comparison is dropped, unless grades are learned `pointwise` and it has one. What is left out is added to
+    `left_out`, over all rows, also those that are dropped.
     """
-    groups, dropped, left_out = [], [], LeftOut()
+    groups, dropped = [], []
     for row in rows:
         by_text: dict[str, list[float]] = defaultdict(list)
         for completion in row.completions:
@@ -86,8 +104,8 @@ def groups_from_grades(
                 by_text[completion.text].append(completion.score)
         grades = [sum(scores) / len(scores) for scores in by_text.values()]
         comparisons = compare(grades, min_margin)
-        if not comparisons:
-            reason = "no graded completion" if not grades else "no two completions differ by min_margin"
+        if not comparisons and not (pointwise and grades):
+            reason = _why_no_comparison(grades)
             dropped.append(Dropped(reason=reason, row=row.model_dump(mode="json", exclude_none=True)))
             continue
         if len(comparisons) > pairs_per_prompt:
@@ -97,18 +115,31 @@ def groups_from_grades(
         groups.append(
             AnswerGroup(
                 id=row.id,
-                source="graded" if kind is None else f"graded {kind}",
+                source=judge if kind is None else f"{judge} {kind}",
                 prompt=tuple(row.prompt),
                 answers=tuple(by_text),
                 grades=tuple(grades),
                 comparisons=tuple(comparisons),
+                judge=judge,
             )
         )
-    return groups, dropped, left_out
+    return groups, dropped
 
 
-def groups_from_preferences(pairs: Iterable[PreferencePair]) -> tuple[list[AnswerGroup], list[Dropped]]:
-    """One group a pair: the chosen answer is better than the rejected one. An answer must be one assistant's turn."""
+def _why_no_comparison(grades: Sequence[float]) -> str:
+    """Of distinct completions with these grades."""
+    if len(grades) < 2:
+        return ONE_COMPLETION if grades else UNGRADED
+    return EQUAL_GRADES if len(set(grades)) == 1 else TOO_CLOSE
+
+
+def groups_from_preferences(
+    pairs: Iterable[PreferencePair], source: str = ""
+) -> tuple[list[AnswerGroup], list[Dropped]]:
+    """One group a pair: the chosen answer is better than the rejected one. An answer must be one assistant's turn.
+
+    `source` names them all; without it each has the source that its row names.
+    """
     groups, dropped = [], []
     for pair in pairs:
         answers = [*pair.chosen, *pair.rejected]
@@ -119,7 +150,7 @@ def groups_from_preferences(pairs: Iterable[PreferencePair]) -> tuple[list[Answe
         groups.append(
             AnswerGroup(
                 id=pair.id,
-                source=pair.source or "preferences",
+                source=source or pair.source or "preferences",
                 prompt=tuple(pair.prompt),
                 answers=tuple(answer.content for answer in answers),
                 grades=(None, None),
@@ -151,8 +182,32 @@ def split_by_prompt(
     )
 
 
-def grade_statistics(groups: Iterable[AnswerGroup]) -> tuple[float, float]:
-    """Mean and standard deviation of all known grades; 0 and 1 where they say nothing."""
-    grades = [grade for group in groups for grade in group.grades if grade is not None]
-    deviation = pstdev(grades) if grades else 0.0
-    return (mean(grades), deviation) if deviation > 0 else (0.0, 1.0)
+def source_weights(groups: Iterable[AnswerGroup], weights: Mapping[str, float]) -> dict[str, float]:
+    """The weight of every source, by its own name or else by the first part of it, which a space or slash ends.
+
+    So `graded` covers "graded judgmental", and `rewardbench` covers "rewardbench/chat"; a source without a weight has
+    1. Raises `UserError` for a name that no source has, and for a weight that is not above 0.
+    """
+    sources = dict.fromkeys(group.source for group in groups)
+    names = {*sources, *map(_family, sources)}
+    for name, weight in weights.items():
+        if name not in names:
+            raise UserError(f"weights.{name}: no source of that name; there are {', '.join(sorted(names))}")
+        if not 0 < weight < math.inf:
+            raise UserError(f"weights.{name}={weight}: must be above 0; to leave a source out, do not give its file")
+    return {source: weights.get(source, weights.get(_family(source), 1.0)) for source in sources}
+
+
+def _family(source: str) -> str:
+    return re.split("[ /]", source, maxsplit=1)[0]
+
+
+def bootstrap_weights(prompt_key: str, heads: int, seed: int) -> tuple[float, ...]:
+    """How much a prompt counts for each head of an ensemble: drawn from the exponential distribution with mean 1.
+
+    This is the Bayesian bootstrap (Rubin, 1981): each head learns from a resample of the prompts that is smooth, where
+    the classical bootstrap would leave a third of them out. What heads that have seen different evidence disagree on is
+    not settled by it. A single head counts every prompt once.
+    """
+    draw = Random(f"{seed}/{prompt_key}")
+    return (1.0,) if heads == 1 else tuple(draw.expovariate(1.0) for _ in range(heads))

@@ -96,17 +96,31 @@ def read_question_files(files: Sequence[RowsConfig]) -> tuple[list[QAExample], l
 
 
 def read_preferences(rows: RowsConfig) -> tuple[list[PreferencePair], list[Dropped]]:
-    """Preference pairs: ours, or the texts of hh-rlhf parsed into messages."""
-    formats = (
-        Format("preference pair", ("prompt", "chosen", "rejected"), preferences.read_pair),
-        Format("hh-rlhf", ("chosen", "rejected"), preferences.read_dialogues),
-    )
-    return _read(rows, formats)
+    """Preference pairs: ours, TRL's, RewardBench's, or the dialogues of hh-rlhf and full-hh-rlhf as messages."""
+    return _read(rows, preferences.FORMATS)
 
 
 def read_completions(rows: RowsConfig) -> tuple[list[CompletionSet], list[Dropped]]:
     """Prompts with the completions that were sampled for them; a prompt without any is dropped."""
-    return _read(rows, (Format("completion set", ("prompt", "completions"), _read_completion_set),))
+    return _read(rows, (Format(*_COMPLETION_SET, _read_completion_set),))
+
+
+def read_graded(rows: RowsConfig) -> tuple[list[CompletionSet], list[Dropped]]:
+    """Like `read_completions`; raises `UserError` with the place of a score that is no grade from 0 to 10."""
+    return _read(rows, (Format(*_COMPLETION_SET, _read_graded_set),))
+
+
+def read_graded_or_preferences(
+    rows: RowsConfig,
+) -> tuple[list[CompletionSet], list[PreferencePair], list[Dropped]]:
+    """What `read_graded` or `read_preferences` reads, whichever the file holds; the other list is empty."""
+    formats: tuple[Format[Row], ...] = (
+        Format(*_COMPLETION_SET, _read_graded_set),
+        *preferences.FORMATS,
+    )
+    found, dropped = _read(rows, formats)
+    graded = [row for row in found if isinstance(row, CompletionSet)]
+    return graded, [row for row in found if isinstance(row, PreferencePair)], dropped
 
 
 def read_short_answers(
@@ -205,6 +219,21 @@ def _with_answer(questions_format: Format[QAExample]) -> Format[ChatExample | Te
     return Format(questions_format.name, questions_format.fields, read)
 
 
+_COMPLETION_SET = ("completion set", ("prompt", "completions"))
+
+
 def _read_completion_set(raw: RawRow) -> CompletionSet | Dropped:
     row = raw.record(CompletionSet, id=raw.id)
     return row if row.completions else raw.drop("no completions")
+
+
+def _read_graded_set(raw: RawRow) -> CompletionSet | Dropped:
+    row = _read_completion_set(raw)
+    if isinstance(row, CompletionSet):
+        for number, completion in enumerate(row.completions):
+            if completion.score is not None and not 0 <= completion.score <= 10:
+                raise UserError(
+                    f"{raw.place}: completions.{number}.score: {completion.score:g} is no grade from 0 to 10. Give the "
+                    "scored.jsonl of judge, or bring the grades to that scale."
+                )
+    return row

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic
+from typing import Any, Generic, TypeVar
 
 from alignkit.core.errors import UserError
-from alignkit.core.records import Dropped
+from alignkit.core.records import Dropped, Row
 from alignkit.data.jsonl import AnyModel, AnyRow, to_record
+
+Read = TypeVar("Read", bound=Row, covariant=True)
+"""The type of row that a format is read as."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,12 @@ class RawRow:
 
 
 @dataclass(frozen=True)
-class Format(Generic[AnyRow]):
+class Format(Generic[Read]):
     """One way to write a row: its name for people, the fields every row has, and the function that reads a row."""
 
     name: str
     fields: tuple[str, ...]
-    read: Callable[[RawRow], AnyRow | Dropped]
+    read: Callable[[RawRow], Read | Dropped]
 
     def matches(self, fields: Mapping[str, Any]) -> bool:
         """Whether a row has this format's fields."""
