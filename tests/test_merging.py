@@ -142,7 +142,7 @@ def test_the_classifier_says_what_the_reward_model_says_but_for_an_offset(
 
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier").eval()
     names = AutoTokenizer.from_pretrained(tmp_path / "classifier")
-    texts = [names.apply_chat_template([turn.model_dump() for turn in each], tokenize=False) for each in dialogues]
+    texts = [str(names.apply_chat_template([turn.model_dump() for turn in each], tokenize=False)) for each in dialogues]
     assert all(text.endswith("<|im_end|>") for text in texts)
     plain = [turn.model_dump() for turn in dialogues[0]]
     assert reward_model.tokenizer.apply_chat_template(plain, tokenize=False) == f"{texts[0]}\n"

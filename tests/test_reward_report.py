@@ -41,7 +41,7 @@ def examine(folder: Path, name: str = "reward") -> None:
         "rewardbench": {"Chat": 0.625},
     }
     path.write_text(json.dumps(manifest))
-    rows = [row(f"row-{n}", *scores) for n, scores in enumerate(SCORES)]
+    rows = [row(f"row-{n}", better, worse) for n, (better, worse) in enumerate(SCORES)]
     rows[2]["prompt"][-1]["content"] = EVIL
     (folder / name / "held_out_scores.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
 
