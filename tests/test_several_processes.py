@@ -51,7 +51,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             [turn.model_dump() for turn in conversation(row["instruction"], row[side])] for side in ("output", "worse")
         ]
         pairs.append({"id": row["id"], "prompt": turns[0][:1], "chosen": turns[0][1:], "rejected": turns[1][1:]})
-    for name, content in (("rows", rows), ("pairs", pairs), ("two", rows[:2]), ("worse", worse)):
+    graded = [
+        {"id": pair["id"], "prompt": pair["prompt"], "completions": [
+            {"text": pair[side][0]["content"], "model": "m", "score": score}
+            for side, score in (("chosen", 9), ("rejected", 2))
+        ]}
+        for pair in pairs[8:]
+    ]  # fmt: skip
+    for name, content in (
+        ("rows", rows), ("pairs", pairs), ("graded", graded), ("two", rows[:2]), ("worse", worse)
+    ):  # fmt: skip
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
     return folder
 
@@ -59,7 +68,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def commands(folder: Path, run: str) -> dict[str, list[str]]:
     """The training commands."""
     base = ["model=tiny", f"model.path={folder / 'base'}", "model.max_length=256", f"run={run}", *STEPS]
-    pairs = ["data.path=none", "preferences.path=pairs.jsonl", "held_out_share=0", f"adapter={folder / 'first'}"]
+    pairs = ["data.path=graded.jsonl", "preferences.path=pairs.jsonl", "preferences.limit=8", "held_out_share=0"]
+    pairs += ["heads=2", "regress_weight=0.1", "center_weight=0.01", f"adapter={folder / 'first'}"]
     return {
         "sft": ["sft", *base, "data.path=rows.jsonl", "train.epochs=2", *LORA],
         "dpo": ["dpo", *base, "data.path=pairs.jsonl", "train.epochs=1", f"init_adapter={folder / 'first'}"],

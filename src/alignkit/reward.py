@@ -36,7 +36,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
@@ -183,16 +183,16 @@ def run(config: RewardConfig) -> Artifact:
 
 
 def read_groups(config: RewardConfig, artifact: Artifact) -> list[AnswerGroup]:
-    """Prompts with their answers and comparisons, from graded completions and from preference pairs."""
-    from alignkit.data.sources import read_graded, read_graded_or_preferences, read_preferences
+    """Prompts with their answers and comparisons, from graded completions and from preference pairs.
+
+    Raises `UserError` for a file that nothing can be learned from, when there are others, too.
+    """
     from alignkit.training.reward_data import LeftOut, groups_from_grades, groups_from_preferences
 
     groups: list[AnswerGroup] = []
-    dropped: list[Dropped] = []
     left_out = LeftOut()
-
-    def learn(graded: list[CompletionSet], pairs: list[PreferencePair], unusable: list[Dropped], name: str) -> None:
-        more, without_pair = groups_from_grades(
+    for key, name, graded, pairs, unusable in read_files(config):
+        compared, without_pair = groups_from_grades(
             graded,
             min_margin=config.min_margin,
             pairs_per_prompt=config.pairs_per_prompt,
@@ -202,39 +202,46 @@ def read_groups(config: RewardConfig, artifact: Artifact) -> list[AnswerGroup]:
             pointwise=config.regress_weight > 0,
         )
         preferred, malformed = groups_from_preferences(pairs, name)
-        groups.extend(more + preferred)
-        dropped.extend(unusable + without_pair + malformed)
-
-    if config.data.path != NONE:
-        graded, unusable = read_graded(config.data)
-        learn(graded, [], unusable, "")
-    if config.preferences.path != NONE:
-        pairs, unusable = read_preferences(config.preferences)
-        learn([], pairs, unusable, "")
-    for name, path in config.sources.items():
-        learn(*read_graded_or_preferences(RowsConfig(path=path)), name)
-    for each in dropped:
-        artifact.drop(each.row, each.reason, each.detail)
+        dropped = [*unusable, *without_pair, *malformed]
+        for each in dropped:
+            artifact.drop(each.row, each.reason, each.detail)
+        if not compared and not preferred:
+            raise UserError(f"{key}: {nothing_to_learn(dropped, config.min_margin)}")
+        groups += compared + preferred
+    if not groups:
+        raise UserError("there is no pair to learn from: give data.path, preferences.path or sources")
     artifact.metrics |= {
         "completions_left_out": {"unfinished": left_out.unfinished, "ungraded": left_out.ungraded},
         "comparisons_left_out": left_out.comparisons,
     }
-    if not groups:
-        raise UserError(nothing_to_learn(config, dropped))
     return groups
 
 
-def nothing_to_learn(config: RewardConfig, dropped: Sequence[Dropped]) -> str:
-    """Why there is no pair, with what to do about each reason."""
+def read_files(
+    config: RewardConfig,
+) -> Iterator[tuple[str, str, list[CompletionSet], list[PreferencePair], list[Dropped]]]:
+    """Of each file: key and path, the name that was given to it, its grades or its pairs, and its unusable rows."""
+    from alignkit.data.sources import read_graded, read_graded_or_preferences, read_preferences
+
+    if config.data.path != NONE:
+        graded, unusable = read_graded(config.data)
+        yield f"data.path={config.data.path}", "", graded, [], unusable
+    if config.preferences.path != NONE:
+        pairs, unusable = read_preferences(config.preferences)
+        yield f"preferences.path={config.preferences.path}", "", [], pairs, unusable
+    for name, path in config.sources.items():
+        yield f"sources.{name}={path}", name, *read_graded_or_preferences(RowsConfig(path=path))
+
+
+def nothing_to_learn(dropped: Sequence[Dropped], min_margin: float) -> str:
+    """Why a file makes no pair, with what to do about each reason."""
     from alignkit.training.reward_data import EQUAL_GRADES, ONE_COMPLETION, TOO_CLOSE, UNGRADED
 
-    if not dropped:
-        return "there is no pair to learn from: give data.path (graded completions), preferences.path or sources"
     advice = {
         ONE_COMPLETION: "sample several a prompt: sampling.n=4",
         EQUAL_GRADES: "a judge that says the same of every answer teaches nothing: see its grades.jsonl, or use "
         "mode=pairwise in judge",
-        TOO_CLOSE: f"lower min_margin={config.min_margin:g}",
+        TOO_CLOSE: f"lower min_margin={min_margin:g}",
         UNGRADED: "run judge on them first",
     }
     reasons = Counter(each.reason for each in dropped).most_common()
