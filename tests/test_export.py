@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -353,11 +354,54 @@ def test_the_reward_model_becomes_a_classifier(config: ExportConfig, tmp_path: P
     reward_model.offset, reward_model.scale = 0.5, 2.0
     reward_model.save_pretrained(tmp_path / "reward")
     artifact = run(replace(config, formats=["adapter"], reward=str(tmp_path / "reward")))
-    assert "classifier_scores" in checks(artifact)
-    assert artifact.metrics["reward_classifier"]["offset"] == 0.5
+    assert {"classifier_scores", "classifier_scores_padded_left"} <= set(checks(artifact))
+    assert artifact.metrics["reward_classifier"]["offset"] == 0.25
     assert json.loads((artifact.folder / "reward_classifier/config.json").read_text())["architectures"] == [
         "Qwen2ForSequenceClassification"
     ]
+
+    alone = run(replace(config, adapter="none", reward=str(tmp_path / "reward"), output_dir=str(tmp_path / "alone")))
+    assert written(alone) == {"reward_classifier"}
+    expected = reward_model_score(tmp_path / "reward")
+    (code,) = re.findall(r"```python\n(.*?)```", (alone.folder / "reward_classifier/README.md").read_text(), re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=alone.folder / "reward_classifier", capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) == pytest.approx(expected, abs=1e-5)
+
+
+def reward_model_score(folder: Path) -> float:
+    from alignkit.models.reward_model import RewardModel
+
+    return RewardModel.from_pretrained(folder).score([{"prompt": "What is 2 + 2?", "completion": "4"}])[0]
+
+
+def test_no_adapter_and_no_reward_model_is_nothing_to_export(config: ExportConfig) -> None:
+    with pytest.raises(UserError, match="adapter=none exports the reward model alone: name it"):
+        run(replace(config, adapter="none"))
+
+
+def test_a_head_that_was_lost_stops_the_export(
+    config: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from alignkit.models import merging
+    from alignkit.models.loading import load_policy, load_tokenizer
+    from alignkit.models.reward_model import RewardModel
+    from alignkit.models.value_head import ValueHeadModel
+
+    def with_another_head(reward_model: RewardModel, dtype: torch.dtype) -> Any:
+        classifier: Any = of(reward_model, dtype)
+        torch.nn.init.normal_(classifier.score.weight)
+        return classifier
+
+    of = merging.classifier_of
+    monkeypatch.setattr(merging, "classifier_of", with_another_head)
+    RewardModel(ValueHeadModel(load_policy(NF4, config.adapter)), load_tokenizer(NF4), NF4).save_pretrained(
+        tmp_path / "r"
+    )
+    with pytest.raises(UserError, match="check 'classifier_scores' failed"):
+        run(replace(config, adapter="none", reward=str(tmp_path / "r")))
+    assert not (tmp_path / "out/reward_classifier").exists()
 
 
 def test_it_goes_to_the_hub_with_the_model_at_the_top(config: ExportConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from alignkit.core.errors import UserError
 from alignkit.data.chat import EncodedExample, encode_example
 from alignkit.evaluation.divergence import Divergence, divergence, learned_logits, within
 from alignkit.models.loading import load_base, load_policy, load_tokenizer, save_adapter
-from alignkit.models.merging import classifier_of, merge_into_original, merge_into_trained_base, save_checkpoint
+from alignkit.models.merging import merge_into_original, merge_into_trained_base, save_checkpoint, save_classifier
 from alignkit.models.reward_model import RewardModel
 from alignkit.models.value_head import ValueHeadModel
 
@@ -127,27 +127,50 @@ def test_a_checkpoint_stops_where_a_turn_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quantization", list(Quantization), ids=str)
-def test_the_classifier_says_what_the_reward_model_says_before_its_scale(
+def test_the_classifier_says_what_the_reward_model_says_but_for_an_offset(
     tmp_path: Path, quantization: Quantization
 ) -> None:
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model = replace(save_random_base(tmp_path / "base"), quantization=quantization)
     adapter = random_adapter(model, tmp_path / "adapter")
     reward_model = RewardModel(ValueHeadModel(load_policy(model, adapter)), load_tokenizer(model), model)
+    reward_model.offset, reward_model.scale = 0.6, 3.0
     dialogues = [conversation("What?", "A hat."), conversation("Who is it, and why?", "Nobody at all, for no reason.")]
     wanted = torch.tensor([float(score) for score in reward_model.scores_or_reasons(dialogues)])
-    classifier_of(reward_model, torch.float32).save_pretrained(str(tmp_path / "classifier"))
+    save_classifier(reward_model, tmp_path / "classifier", torch.float32)
 
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier").eval()
-    names = load_tokenizer(model)
-    texts = [names.apply_chat_template([turn.model_dump() for turn in each], tokenize=False) for each in dialogues]
-    batch = names([str(text).rstrip("\n") for text in texts], return_tensors="pt", padding=True)
-    with torch.no_grad():
-        found = loaded(**batch).logits[:, 0]  # together: padding must not change a score
-    assert loaded.config.num_labels == 1 and loaded.config.pad_token_id == names.pad_token_id
-    assert (found - wanted).abs().max() < 1e-4
+    names = AutoTokenizer.from_pretrained(tmp_path / "classifier")
+    texts = [str(names.apply_chat_template([turn.model_dump() for turn in each], tokenize=False)) for each in dialogues]
+    assert all(text.endswith("<|im_end|>") for text in texts)
+    plain = [turn.model_dump() for turn in dialogues[0]]
+    assert reward_model.tokenizer.apply_chat_template(plain, tokenize=False) == f"{texts[0]}\n"
+    opened = [
+        each.apply_chat_template(plain[:1], tokenize=False, add_generation_prompt=True)
+        for each in (names, reward_model.tokenizer)
+    ]
+    assert opened[0] == opened[1]
+    for side in ("left", "right"):
+        batch = names(texts, return_tensors="pt", padding=True, padding_side=side)
+        with torch.no_grad():
+            found = loaded(**batch).logits[:, 0]  # together: padding must not change a score
+        assert loaded.config.reward_offset == pytest.approx(0.2)
+        assert (found - 0.2 - wanted).abs().max() < 1e-5
+    assert loaded.config.num_labels == 1
+    assert loaded.config.pad_token_id == names.pad_token_id != names.eos_token_id
     assert (wanted[0] - wanted[1]).abs() > 1e-2
+
+
+def test_a_classifier_could_not_tell_padding_from_the_end_of_a_turn(tmp_path: Path) -> None:
+    model = save_random_base(tmp_path / "base")
+    adapter = random_adapter(model, tmp_path / "adapter")
+    tokenizer = load_tokenizer(model)
+    tokenizer.pad_token = tokenizer.eos_token
+    with pytest.raises(UserError, match=r"model\.pad_token=<\|im_end\|>: it also ends a turn"):
+        save_classifier(
+            RewardModel(ValueHeadModel(load_policy(model, adapter)), tokenizer, model), tmp_path / "c", torch.float32
+        )
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ from alignkit.core.errors import UserError
 from alignkit.core.manifest import read_manifest
 from alignkit.core.records import Completion, CompletionSet, Message, PreferencePair
 from alignkit.data.chat import encode_conversation
-from alignkit.evaluation.statistics import wilson
 from alignkit.models.loading import load_base, load_policy, new_adapter
 from alignkit.models.reward_model import RewardModel
 from alignkit.models.value_head import ValueHeadModel
@@ -381,6 +380,7 @@ def test_the_stage_trains_measures_saves_and_checks(base: ModelConfig, tmp_path:
         "adapter_moved",
         "saved_scores_equal",
         "scores_need_no_neighbours",
+        "scores_need_no_padding_side",
     ]
     metrics = artifact.metrics
     assert (metrics["train_prompts"], metrics["held_out_prompts"]) == (24, 6)
@@ -396,8 +396,8 @@ def test_the_stage_trains_measures_saves_and_checks(base: ModelConfig, tmp_path:
     assert metrics["completions_left_out"] == {"unfinished": 0, "ungraded": 0}
     assert metrics["comparisons_left_out"] == 0
     files = (
-        "adapter config.yaml dropped.jsonl log.txt loss.jsonl manifest.json reward_config.json tensorboard "
-        "value_head.safetensors"
+        "adapter config.yaml dropped.jsonl held_out_scores.jsonl log.txt loss.jsonl manifest.json reward_config.json "
+        "tensorboard train_prompts.jsonl value_head.safetensors"
     )
     assert [path.name for path in sorted((tmp_path / "reward").iterdir())] == files.split()
     model = RewardModel.from_pretrained(tmp_path / "reward")
@@ -469,14 +469,6 @@ def test_no_prompt_left_to_train_on_names_held_out_share(base: ModelConfig, tmp_
     rows = RowsConfig(path=write(tmp_path / "long.jsonl", long))
     with pytest.raises(UserError, match=r"no pair fits .* that held_out_share=0\.2 leaves for training"):
         reward.run(configure(base, tmp_path, data=rows, preferences=nothing))
-
-
-def test_accuracy_resamples_prompts_not_rows(base: ModelConfig) -> None:
-    apart = encoded(base, [group(0), group(1)])
-    together = encoded(base, [group(0, prompt="one"), group(1, prompt="one")])
-    scores = [[1.0, 0.0], [0.0, 1.0]]
-    assert reward.accuracy(apart, scores)["all"] == wilson(1, 2)
-    assert reward.accuracy(together, scores)["all"] == {"mean": 0.5, "low": 0.5, "high": 0.5, "n": 2}
 
 
 def test_the_shipped_configuration_composes() -> None:

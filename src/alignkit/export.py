@@ -4,7 +4,7 @@ The adapter is merged into the base that it was trained on; a 4-bit base is dequ
 is from base and adapter is measured, and every GGUF file is read back and compared with the merged model: logits, token
 ids, chat template, end of turn and greedy continuations. Where one is not the same, the stage stops and says why.
 
-Reads:   adapter                 the adapter to export
+Reads:   adapter                 the adapter to export (none: only the reward model)
          data.path               held-out rows to measure on (none: a few built-in conversations)
          reward                  a reward model to export as a classifier (optional)
 Writes:  merged/                 safetensors, tokenizer with chat template, generation config: transformers, vLLM
@@ -21,6 +21,7 @@ Overrides people use:
   data.path=held_out.jsonl               measure on your own rows
   merge_into=original                    merge into the 16-bit base instead; the drift of both is shown
   reward=runs/mine/reward                export this reward model, too
+  adapter=none reward=runs/mine/reward   export this reward model, and nothing else
   push_to_hub=<owner>/<name>             put it on the Hub (private)
 
 Examples:
@@ -54,8 +55,9 @@ LOG = logging.getLogger("alignkit")
 FORMATS = ("safetensors", "adapter", "gguf")
 CHECK_ROWS = 8
 """Rows, of those given, that exported files are compared on, beside fixed texts."""
-SCORE_TOLERANCE = {"torch.float32": 1e-3, "torch.bfloat16": 0.3, "torch.float16": 0.05}
+SCORE_TOLERANCE = {"torch.float32": 1e-5, "torch.bfloat16": 0.3, "torch.float16": 0.05}
 """Most that a score may differ in the classifier, whose head is rounded like the rest: by dtype."""
+NONE, CLASSIFIER = "none", "reward_classifier"
 
 
 class MergeInto(Enum):
@@ -73,7 +75,7 @@ class ExportConfig(StageConfig):
     incidental: ClassVar[tuple[str, ...]] = (*StageConfig.incidental, "push_to_hub", "hub_private")
 
     adapter: str = ""
-    """The adapter/ folder of a training stage."""
+    """The adapter/ folder of a training stage; none: export the reward model alone, whatever the formats."""
     formats: list[str] = field(default_factory=lambda: list(FORMATS))
     """What to write: safetensors (merged/), adapter, gguf."""
     gguf_types: list[str] = field(default_factory=lambda: ["f16", "q8_0"])
@@ -104,18 +106,21 @@ def run(config: ExportConfig) -> Artifact:
             from alignkit.models.loading import load_tokenizer
             from alignkit.reporting.model_card import write_model_card
 
-            check_adapter_unchanged(config, artifact)
-            tokenizer = load_tokenizer(config.model)
-            examples = read_examples(config, tokenizer, artifact)
-            if needs_merge(config):
-                merged = write_merged(config, tokenizer, examples, artifact)
-                if "gguf" in config.formats:
-                    write_gguf_files(config, tokenizer, examples, merged, artifact)
-            if "adapter" in config.formats:
-                write_adapter(config, tokenizer, artifact)
-            if config.reward is not None:
+            if config.adapter == NONE:
                 write_classifier(config, artifact)
-            write_model_card(artifact, config.adapter, config.model, config.license)
+            else:
+                check_adapter_unchanged(config, artifact)
+                tokenizer = load_tokenizer(config.model)
+                examples = read_examples(config, tokenizer, artifact)
+                if needs_merge(config):
+                    merged = write_merged(config, tokenizer, examples, artifact)
+                    if "gguf" in config.formats:
+                        write_gguf_files(config, tokenizer, examples, merged, artifact)
+                if "adapter" in config.formats:
+                    write_adapter(config, tokenizer, artifact)
+                if config.reward is not None:
+                    write_classifier(config, artifact)
+                write_model_card(artifact, config.adapter, config.model, config.license)
             artifact.summary = summary(artifact)
     if config.push_to_hub:
         push(config, artifact)
@@ -130,6 +135,8 @@ def check_config(config: ExportConfig) -> None:
     from alignkit.data.hub import check_push
     from alignkit.models.gguf_types import gguf_type, require_gguf
 
+    if config.adapter == NONE and config.reward is None:
+        raise UserError("adapter=none exports the reward model alone: name it, e.g. reward=runs/mine/reward")
     unknown = [name for name in config.formats if name not in FORMATS]
     if unknown or not config.formats:
         raise UserError(f"formats={config.formats}: choose from {', '.join(FORMATS)}")
@@ -137,7 +144,7 @@ def check_config(config: ExportConfig) -> None:
         raise UserError(f"max_drift={config.max_drift}: must be above 0 (0.01 nats is the default)")
     if not re.fullmatch(r"[A-Za-z0-9.-]+", config.license):
         raise UserError(f"license={config.license}: give a licence's short name as the Hub has it (apache-2.0, other)")
-    if "gguf" in config.formats:
+    if "gguf" in config.formats and config.adapter != NONE:
         require_gguf()
         if not config.gguf_types:
             raise UserError("gguf_types=[]: name at least one, or leave gguf out of formats")
@@ -281,28 +288,31 @@ def write_adapter(config: ExportConfig, tokenizer: Any, artifact: Artifact) -> N
 
 
 def write_classifier(config: ExportConfig, artifact: Artifact) -> None:
-    """The reward model as a classifier, checked against its own raw scores."""
+    """The reward model as a classifier that anybody can load, checked against its own scores."""
     from alignkit.evaluation.parity import classifier_scores, conversations
     from alignkit.models.loading import resolve_dtype
-    from alignkit.models.merging import classifier_of
+    from alignkit.models.merging import classifier_offset, save_classifier
     from alignkit.models.reward_model import RewardModel
+    from alignkit.reporting.classifier_card import classifier_card
 
     assert config.reward is not None
     reward_model = RewardModel.from_pretrained(config.reward)
-    tokenizer, offset, scale = reward_model.tokenizer, reward_model.offset, reward_model.scale
-    dialogues = [[*example.prompt, *example.completion] for example in conversations()]
-    scored = list(zip(dialogues, reward_model.scores_or_reasons(dialogues), strict=True))
-    wanted = {number: score * scale + offset for number, (_, score) in enumerate(scored) if isinstance(score, float)}
-    if not wanted:
-        raise UserError(f"reward={config.reward}: it cannot read a short conversation ({scored[0][1]})")
-    with artifact.output("reward_classifier") as folder:
-        classifier_of(reward_model, resolve_dtype(merged_dtype(config))).save_pretrained(str(folder))
-        tokenizer.save_pretrained(str(folder))
-        found, dtype = classifier_scores(folder, tokenizer, [dialogues[number] for number in wanted])
-        apart = max(abs(a - b) for a, b in zip(wanted.values(), found, strict=True))
-        detail = f"largest difference {apart:.1e} over {len(found)} conversations, rounding allows "
-        artifact.check("classifier_scores", apart <= SCORE_TOLERANCE[dtype], f"{detail}{SCORE_TOLERANCE[dtype]:g}")
-    artifact.metrics["reward_classifier"] = {"offset": offset, "scale": scale, "largest_difference": apart}
+    offset, dialogues = classifier_offset(reward_model), [[*each.prompt, *each.completion] for each in conversations()]
+    said = reward_model.scores_or_reasons(dialogues)
+    scores = {number: score for number, score in enumerate(said) if isinstance(score, float)}
+    if not scores:
+        raise UserError(f"reward={config.reward}: it cannot read a short conversation ({said[0]})")
+    card = classifier_card(reward_model, offset)
+    with artifact.output(CLASSIFIER) as folder:
+        save_classifier(reward_model, folder, resolve_dtype(merged_dtype(config)))
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        for side in ("right", "left"):
+            found, dtype = classifier_scores(folder, [dialogues[number] for number in scores], side)
+            apart = max(abs(a - (b - offset)) for a, b in zip(scores.values(), found, strict=True))
+            detail = f"largest difference {apart:.1e} over {len(found)} conversations, rounding allows "
+            name = "classifier_scores" if side == "right" else "classifier_scores_padded_left"
+            artifact.check(name, apart <= SCORE_TOLERANCE[dtype], f"{detail}{SCORE_TOLERANCE[dtype]:g}")
+    artifact.metrics[CLASSIFIER] = {"offset": offset, "largest_difference": apart}
 
 
 def summary(artifact: Artifact) -> str:

@@ -11,6 +11,8 @@ Reads:   data.path               completions with grades (none: train on prefere
          sources                 more files of either sort, by name (optional)
          adapter                 the adapter to start from; null starts from the base with a new one
 Writes:  adapter/, value_head.safetensors, reward_config.json     the run folder is the reward model
+         held_out_scores.jsonl     the held-out prompts with their answers' scores, lengths and grades
+         train_prompts.jsonl       which prompts it was trained on (hashes), so that evaluate_reward leaves them out
          loss.jsonl, dropped.jsonl
 
 Overrides people use:
@@ -65,8 +67,6 @@ NONE = "none"
 CHECKED_CONVERSATIONS = 64
 """How many are scored again by the model that was saved."""
 RELOAD_TOLERANCE = 1e-5
-NEIGHBOUR_TOLERANCE = {"torch.float32": 1e-4, "torch.bfloat16": 0.2, "torch.float16": 0.05}
-"""How much a score may change with what else is in the batch: rounding only, by the base's dtype."""
 
 
 @dataclass
@@ -123,6 +123,8 @@ def run(config: RewardConfig) -> Artifact:
     with Artifact.open("reward", config) as artifact:
         if artifact.up_to_date:
             return artifact
+        from alignkit.evaluation.reward_examination import TRAIN_PROMPTS_FILE, examine, train_prompts
+        from alignkit.evaluation.rewards import accuracy
         from alignkit.models.headroom import require_memory
         from alignkit.models.loading import load_tokenizer
         from alignkit.training.arguments import refuse_what_only_sft_has
@@ -162,9 +164,7 @@ def run(config: RewardConfig) -> Artifact:
             heads = reward_model.head_scores([each.tokens for each in train])
             reward_model.balance_heads([answer for group in heads for answer in group])
             artifact.metrics["held_out_accuracy_of_heads"] = accuracy_of_heads(reward_model, held_out)
-        train_scores, held_out_scores = (
-            reward_model.raw_scores([each.tokens for each in encoded]) for encoded in (train, held_out)
-        )
+        train_scores = reward_model.raw_scores([each.tokens for each in train])
         reward_model.centre([score for scores in train_scores for score in scores])
         artifact.metrics |= {
             "train_prompts": len(train),
@@ -172,8 +172,9 @@ def run(config: RewardConfig) -> Artifact:
             "held_out_prompts": len(held_out),
             "held_out_pairs": sum(len(group.comparisons) for group in held_out),
             "train_accuracy": accuracy(train, train_scores),
-            "held_out_accuracy": accuracy(held_out, held_out_scores),
         }
+        examine(reward_model, held_out_groups, artifact, seed=config.seed)
+        artifact.write_rows(TRAIN_PROMPTS_FILE, train_prompts(train_groups))
         save(reward_model, artifact)
         artifact.write_rows("loss.jsonl", losses)
         check_saved(reward_model, held_out_groups or train_groups, artifact)
@@ -326,33 +327,6 @@ def starting_model(config: RewardConfig, tokenizer: Any) -> RewardModel:
     return RewardModel(ValueHeadModel(policy, config.heads), tokenizer, config.model)
 
 
-def accuracy(groups: Sequence[EncodedGroup], scores: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Share of pairs whose better answer scores higher: under "all", by source, and by the grade of the worse answer.
-
-    The last tells which mistakes the reward model sees, since a rubric grades a kind of mistake alike. With one pair a
-    prompt the interval is Wilson's. Several pairs of a prompt share answers and go right or wrong together, so there
-    whole prompts are resampled.
-    """
-    from alignkit.evaluation.statistics import bootstrap_mean, wilson
-    from alignkit.training.reward import ranked_right
-
-    outcomes: dict[str, list[tuple[str, bool]]] = {"all": []}
-    for group, right in zip(groups, ranked_right(groups, scores), strict=True):
-        for comparison, is_right in zip(group.comparisons, right, strict=True):
-            grade = group.grades[comparison.worse]
-            names = ["all", group.source, *([] if grade is None else [f"worse answer graded {round(grade)}"])]
-            for name in names:
-                outcomes.setdefault(name, []).append((group.prompt_key, is_right))
-    found: dict[str, Any] = {}
-    for name, pairs in outcomes.items():
-        prompts = [prompt for prompt, _ in pairs]
-        if len(set(prompts)) < len(pairs):
-            found[name] = bootstrap_mean([float(right) for _, right in pairs], prompts)
-        elif pairs:
-            found[name] = wilson(sum(right for _, right in pairs), len(pairs))
-    return found
-
-
 def accuracy_of_heads(reward_model: RewardModel, groups: Sequence[EncodedGroup]) -> list[float]:
     """Share of pairs that each head alone ranks right: what the ensemble adds is the distance to their mean."""
     from alignkit.training.reward import ranked_right
@@ -380,6 +354,7 @@ def save(reward_model: RewardModel, artifact: Artifact) -> None:
 def check_saved(reward_model: RewardModel, groups: Sequence[AnswerGroup], artifact: Artifact) -> None:
     """The saved model, loaded again, scores like the one in memory; and a score depends on its conversation alone."""
     from alignkit.core.records import Message
+    from alignkit.evaluation.reward_examination import check_invariance, largest_difference
     from alignkit.models.reward_model import RewardModel as Saved
 
     conversations = [
@@ -390,19 +365,7 @@ def check_saved(reward_model: RewardModel, groups: Sequence[AnswerGroup], artifa
     reload = largest_difference(reward_model.scores_or_reasons(conversations), scores)
     detail = f"largest difference {reload:.1e} over {len(conversations)} conversations"
     artifact.check("saved_scores_equal", reload <= RELOAD_TOLERANCE, detail)
-    alone = [saved.scores_or_reasons([conversation])[0] for conversation in conversations]
-    tolerance = NEIGHBOUR_TOLERANCE[str(saved.module.policy.dtype)]
-    neighbours = largest_difference(scores, alone)
-    detail = f"scored alone and together: largest difference {neighbours:.1e}, rounding allows {tolerance:g}"
-    artifact.check("scores_need_no_neighbours", neighbours <= tolerance, detail)
-
-
-def largest_difference(first: Sequence[float | str], second: Sequence[float | str]) -> float:
-    """Of two lists of scores; infinite where one has a score and the other a reason."""
-    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a != b]
-    return max(
-        (abs(a - b) if isinstance(a, float) and isinstance(b, float) else float("inf") for a, b in pairs), default=0.0
-    )
+    check_invariance(saved, conversations, artifact)
 
 
 def summary(metrics: dict[str, Any]) -> str:

@@ -165,6 +165,19 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return _ending(tokenizer).token
 
 
+def template_up_to_the_end(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's chat template without what it writes after an assistant's last turn (ChatML: a newline).
+
+    For programs that read a score at the last token of whatever the template renders.
+    """
+    template, rest = str(tokenizer.chat_template), _ending(tokenizer).rest
+    if not rest:
+        return template
+    shown = template.removesuffix("\n")
+    end = f"conversation if add_generation_prompt else conversation.removesuffix({rest!r})"
+    return f"{{% set conversation %}}\n{shown}{{% endset %}}{{{{ {end} }}}}"
+
+
 def document_end_id(tokenizer: PreTrainedTokenizerBase, token: str | None) -> int:
     """The token that ends a document: the special token that is named, or else the tokenizer's eos token."""
     token = token or tokenizer.eos_token

@@ -24,7 +24,6 @@ from alignkit.core.records import ChatExample, Message
 from alignkit.data.chat import (
     IGNORED,
     EncodedExample,
-    encode_conversation,
     encode_example,
     encode_prompt,
     end_of_turn_id,
@@ -241,16 +240,19 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 @torch.inference_mode()
-def classifier_scores(folder: Path, tokenizer: Any, dialogues: Sequence[Sequence[Message]]) -> tuple[list[float], str]:
-    """Logits of a classifier with one label, loaded as anybody would load it, and the dtype that it was saved in."""
-    from transformers import AutoModelForSequenceClassification
+def classifier_scores(folder: Path, dialogues: Sequence[Sequence[Message]], side: str) -> tuple[list[float], str]:
+    """Logits of a classifier with one label and the dtype that it was saved in.
+
+    Loaded and asked as anybody would: rendered by its own chat template, in one batch padded on the given `side`.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto").eval()
-    scores = [
-        float(model(input_ids=torch.tensor([encode_conversation(tokenizer, dialogue)])).logits[0, 0])
-        for dialogue in dialogues
-    ]
-    return scores, str(model.dtype)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side)
+    plain = [[turn.model_dump() for turn in dialogue] for dialogue in dialogues]
+    texts = tokenizer.apply_chat_template(plain, tokenize=False)
+    batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+    return model(**batch).logits[:, 0].float().tolist(), str(model.dtype)
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:

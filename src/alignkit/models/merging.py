@@ -68,15 +68,18 @@ def save_checkpoint(merged: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 def classifier_of(reward_model: RewardModel, dtype: torch.dtype) -> PreTrainedModel:
     """A reward model as a plain sequence classifier with one label; `reward_model` is used up.
 
-    Its logit is the reward model's score before offset and scale, read at the last token that is not padding: a text
+    Its logit is the reward model's score plus `classifier_offset`, read at the last token that is not padding: a text
     must end with the end-of-turn token and nothing after it.
     """
     from transformers import AutoModelForSequenceClassification
 
-    head = reward_model.module.mean_head
+    head = reward_model.module.mean_head / reward_model.scale
     merged = _merge_loaded(reward_model.module.policy, dtype)
     config = merged.config
     config.num_labels, config.pad_token_id = 1, reward_model.tokenizer.pad_token_id
+    config.problem_type = "regression"  # transformers' pipeline squashes any other logit
+    config.id2label, config.label2id = {0: "reward"}, {"reward": 0}
+    config.reward_offset = classifier_offset(reward_model)
     with torch.device("meta"):  # nothing of it is kept but its shape
         classifier: Any = AutoModelForSequenceClassification.from_config(config)
     setattr(classifier, classifier.base_model_prefix, merged.base_model)
@@ -84,6 +87,33 @@ def classifier_of(reward_model: RewardModel, dtype: torch.dtype) -> PreTrainedMo
     classifier.score.weight.data.copy_(head)
     checked: PreTrainedModel = classifier.eval()
     return checked
+
+
+def classifier_offset(reward_model: RewardModel) -> float:
+    """What a classifier's logit is above the score: its head has no bias that could take it away."""
+    return reward_model.offset / reward_model.scale
+
+
+def save_classifier(reward_model: RewardModel, folder: Path, dtype: torch.dtype) -> None:
+    """Write the classifier with a tokenizer whose chat template ends where the score is read.
+
+    Raises `UserError` where padding could not be told from the end of a turn. `reward_model` is used up.
+    """
+    from alignkit.data.chat import template_up_to_the_end
+
+    tokenizer = reward_model.tokenizer
+    if tokenizer.pad_token_id == end_of_turn_id(tokenizer):
+        raise UserError(
+            f"model.pad_token={tokenizer.pad_token}: it also ends a turn, and classifiers take every such token for "
+            "padding; train the reward model with another pad_token"
+        )
+    template = tokenizer.chat_template
+    tokenizer.chat_template = template_up_to_the_end(tokenizer)
+    try:
+        tokenizer.save_pretrained(str(folder))
+    finally:
+        tokenizer.chat_template = template
+    classifier_of(reward_model, dtype).save_pretrained(str(folder), max_shard_size=SHARD_SIZE)
 
 
 # -- inside ------------------------------------------------------------------------------------------------------------

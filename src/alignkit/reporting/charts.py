@@ -66,7 +66,7 @@ def loss_figures(runs: Sequence[Run], held_out: HeldOut | None) -> list[tuple[st
 def reward_figures(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """How many pairs each reward model ranks right, held out and in training, by source: (step, figure)."""
     figures: list[tuple[str, str]] = []
-    for step in runs[0].of_stage("reward"):
+    for step in runs[0].of_stage("reward", "evaluate_reward"):
         found = [other.metrics if (other := run.step(step.name)) else {} for run in runs]
         lines = []
         for split, title in (("held_out_accuracy", "held out"), ("train_accuracy", "in training")):

@@ -142,6 +142,59 @@ def curves(name: str, title: str, lines: Sequence[Curve], *, x_label: str, doubl
         return to_svg(figure, name, title, "; ".join(ends))
 
 
+def reliability(name: str, title: str, lines: Sequence[tuple[str, Sequence[tuple[float, Estimate]]]]) -> str:
+    """How often something happens against how probable it was said to be, from 1/2 to 1: a marker for each line.
+
+    A line is its title and its points, the probability and the share of each; on the diagonal they are the same.
+    """
+    with figure_style(name):
+        figure, axes = new_figure(NARROW, 260)
+        axes.plot([0.5, 1], [0.5, 1], color=COLOURS["muted"], linewidth=1.2, zorder=1)
+        for number, (_, points) in enumerate(lines):
+            for probability, share in points:
+                _mark(
+                    axes, probability, share, _MARKERS[number % len(_MARKERS)], "reward", hollow=number > 0, small=True
+                )
+        axes.set_xlim(0.48, 1.02)
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_xlabel("probability that the model gives")
+        axes.set_ylabel("share that is right")
+        axes.xaxis.set_major_formatter(_percent)
+        axes.yaxis.set_major_formatter(_percent)
+        _marker_legend(axes, [line_title for line_title, _ in lines])
+        said = [
+            f"{100 * each:.0f} % said, {100 * share['mean']:.0f} % right"
+            for _, points in lines
+            for each, share in points
+        ]
+        return to_svg(figure, name, title, "; ".join(said))
+
+
+def scatter(
+    name: str,
+    title: str,
+    groups: Sequence[tuple[str, str, Sequence[tuple[float, float]]]],
+    *,
+    x_label: str,
+    y_label: str,
+    description: str,
+) -> str:
+    """Points in groups: each a title, a colour, and the places of its points; the last group lies on top."""
+    with figure_style(name):
+        figure, axes = new_figure(NARROW, 260)
+        for place, (label, colour, points) in enumerate(groups):
+            xs, ys = [x for x, _ in points], [y for _, y in points]
+            face = COLOURS[colour] if place else "none"
+            axes.scatter(xs, ys, s=16, facecolor=face, edgecolor=COLOURS[colour], linewidth=0.9, alpha=0.7, label=label)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.yaxis.set_major_formatter(_plain)
+        axes.figure.legend(
+            labelcolor=COLOURS["muted"], handletextpad=0.2, ncols=len(groups), loc="outside lower center"
+        )
+        return to_svg(figure, name, title, description)
+
+
 def _mark(
     axes: Any,
     place: float,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.reporting import charts, tables
 from alignkit.reporting.held_out import HeldOut
+from alignkit.reporting.rewards import reward_sections
 from alignkit.reporting.runs import Run
 from alignkit.reporting.selection import AUDIT, read_audit, selection_section
 from alignkit.reporting.templating import open_environment, style
@@ -39,7 +40,7 @@ def render_page(runs: Sequence[Run], held_out: HeldOut | None) -> str:
             else {},
             losses=[(title, Markup(svg)) for title, svg in charts.loss_figures(runs, held_out)],
             best_of_n=[(title, Markup(svg)) for title, svg in charts.best_of_n_figures(runs)],
-            reward_accuracy=[(title, Markup(svg)) for title, svg in charts.reward_figures(runs)],
+            rewards=reward_sections(runs),
             selections=_selections(run),
             style=style(),
         )
