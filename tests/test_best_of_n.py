@@ -54,7 +54,7 @@ def test_small_helpers() -> None:
 def test_the_cost_of_best_of_n_by_hand() -> None:
     assert kl_bound(1) == 0
     assert kl_bound(2) == pytest.approx(math.log(2) - 0.5)
-    # A policy that draws a and b with 1/2 each: best of 2 is a with 3/4. KL = 3/4 log 3/2 + 1/4 log 1/2, below the bound.
+    # A policy that draws a and b with 1/2 each: best of 2 is a with 3/4. 3/4 log 3/2 + 1/4 log 1/2 is below the bound.
     assert 0.75 * math.log(1.5) + 0.25 * math.log(0.5) == pytest.approx(0.1308, abs=1e-4)
     assert kl_bound(2) == pytest.approx(0.1931, abs=1e-4)
     # Without equals the best of n has density n F^(n-1); with many values the sum over them comes near the bound.

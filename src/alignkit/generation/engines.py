@@ -50,7 +50,9 @@ class ServerConfig:
 
 
 class Engine(Generator, Protocol):
-    """A generator that another one may share its base with."""
+    """A generator that another one may share its base with. `tokens_written` counts what it wrote in this process."""
+
+    tokens_written: int
 
     @property
     def shared(self) -> Any:

@@ -41,6 +41,7 @@ class VLLMGenerator:
         self.tokenizer = load_tokenizer(model)
         self.end_id = end_of_turn_id(self.tokenizer)
         self.shared = shared or _open(model, adapter)
+        self.tokens_written = 0
 
     def generate(self, prompts: Sequence[list[Message]], sampling: SamplingConfig, seed: int) -> list[list[Completion]]:
         """`sampling.n` completions for each prompt, all submitted at once; vLLM decides how many run together."""
@@ -72,6 +73,7 @@ class VLLMGenerator:
         number = 1 + crc32(self.label.encode()) % (2**31 - 1)  # vLLM tells adapters apart by it, above 0
         request = None if self.adapter is None else LoRARequest(self.label, number, str(Path(self.adapter).resolve()))
         outputs = self.shared.generate(inputs, settings, lora_request=request)
+        self.tokens_written += sum(len(output.outputs[0].token_ids) for output in outputs)
         written = [self._completion(*each) for each in zip(outputs, settings, strict=True)]
         return [written[start : start + sampling.n] for start in range(0, len(written), sampling.n)]
 
