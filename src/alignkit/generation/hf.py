@@ -181,6 +181,8 @@ def load_generator(model: ModelConfig, adapter: str | None, shared: Any = None) 
 
     On `shared`, a policy with other adapters of the same model, the adapter joins the base, which is not loaded again.
     """
+    from peft import PeftModel
+
     from alignkit.models.loading import add_adapter, load_policy, load_tokenizer
 
     tokenizer, label = load_tokenizer(model), adapter or model.name
@@ -188,7 +190,7 @@ def load_generator(model: ModelConfig, adapter: str | None, shared: Any = None) 
         add_adapter(shared, adapter, model, adapter_name := f"adapter-{len(shared.peft_config) + 1}")
         return HFGenerator(shared, tokenizer, label, adapter_name)
     policy = merge_adapter(load_policy(model, adapter))
-    return HFGenerator(policy, tokenizer, label)
+    return HFGenerator(policy, tokenizer, label, "default" if isinstance(policy, PeftModel) else None)
 
 
 def merge_adapter(policy: Any) -> Any:
