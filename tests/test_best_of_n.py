@@ -9,7 +9,14 @@ from statistics import mean
 import pytest
 from choosing import completion, row
 
-from alignkit.evaluation.best_of_n import Judged, by_grade, by_score, describe_best_of_n, describe_scores
+from alignkit.evaluation.best_of_n import (
+    Judged,
+    by_grade,
+    by_score,
+    describe_best_of_n,
+    describe_scores,
+    latest_over_previous,
+)
 from alignkit.scoring.best_of_n import correlation, expected_best, kl_bound, powers_of_two, ranked
 
 # -- arithmetic --------------------------------------------------------------------------------------------------------
@@ -131,6 +138,18 @@ def test_a_question_with_an_ungraded_answer_is_left_out_of_the_grade_curve() -> 
     assert found["best_of_n"]["grade"]["2"]["mean"] == 9.0
     assert found["gains"]["grade"]["best_over_greedy"]["mean"] == 2.0
     assert set(found["best_of_n"]) == {"score", "grade"}
+
+
+def test_the_latest_version_is_compared_by_question() -> None:
+    previous = [
+        row("one", completion("old", 0.5)),
+        row("two", completion("old", None)),
+        row("three", completion("x", 9.0)),
+    ]
+    found = latest_over_previous(ROWS, previous)
+    assert found is not None
+    assert (found["mean"], found["n"]) == (0.5, 1)  # (2 + 0) / 2 - 0.5, and nothing to compare elsewhere
+    assert latest_over_previous(ROWS, previous[1:]) is None
 
 
 def test_scores_are_described_by_hand() -> None:

@@ -348,9 +348,18 @@ def describe(
     scores choose. The latter falls where the reward model is being exploited. It is taken over the questions whose
     scored answers all have a grade; `ungraded_questions` counts the others.
     """
-    from alignkit.evaluation.best_of_n import by_grade, by_score, describe_best_of_n, describe_scores
+    from alignkit.evaluation.best_of_n import (
+        by_grade,
+        by_score,
+        describe_best_of_n,
+        describe_scores,
+        latest_over_previous,
+    )
 
-    latest, greedy, found = scored["latest"], scored.get("greedy", []), {}
+    latest, greedy = scored["latest"], scored.get("greedy", [])
+    found: dict[str, Any] = {}
+    if "previous" in scored:
+        found["latest_over_previous"] = latest_over_previous(latest, scored["previous"])
     measures = {"score": by_score(latest, greedy)}
     if config.grade:
         graded = {name: grade(config, name, scored[name], artifact) for name in ("latest", "greedy") if name in scored}

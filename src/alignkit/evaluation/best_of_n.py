@@ -92,5 +92,15 @@ def gains(questions: Sequence[Judged], n: int) -> dict[str, Estimate]:
     return found
 
 
+def latest_over_previous(latest: Sequence[CompletionSet], previous: Sequence[CompletionSet]) -> Estimate | None:
+    """By how much the latest version's answers score higher, the mean over questions; None without a common one."""
+    means = [
+        {row.id: mean(each.score or 0.0 for each in answers) for row in rows if (answers := scored(row.completions))}
+        for rows in (latest, previous)
+    ]
+    differences = [score - means[1][id] for id, score in means[0].items() if id in means[1]]
+    return bootstrap_mean(differences) if differences else None
+
+
 def _greedy(rows: Sequence[CompletionSet]) -> dict[str, float]:
     return {row.id: found[0].score or 0.0 for row in rows if (found := scored(row.completions))}
