@@ -2,11 +2,11 @@
 
     python benchmarks/rejection_sampling.py [--questions 64] [--n 8]
 
-Both draw n completions for each question at temperature 0.8 and top_p 0.95 with the same length limit, and score each by
-the same reward model (untrained: its speed is that of any other). The loop calls `model.generate` once a question for all of
-its n, and the model once a completion to score it. The two draw other random numbers, so that equal statistics are what
-can be asked for: two-sample Kolmogorov-Smirnov tests of scores and of lengths. Scores of the same completions are compared
-one by one.
+Both draw n completions for each question at temperature 0.8 and top_p 0.95 with the same length limit, and score each
+by the same reward model (untrained: its speed is that of any other). The loop calls `model.generate` once a question
+for all of its n, and the model once a completion to score it. The two draw other random numbers, so that equal
+statistics are what can be asked for: two-sample Kolmogorov-Smirnov tests of scores and of lengths. Scores of the same
+completions are compared one by one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
 import time
+from statistics import mean
 from typing import Any
 
 from alignkit.core.config import LoraConfig, ModelConfig, SamplingConfig
@@ -40,7 +41,7 @@ def main() -> None:
     from alignkit.generation.hf import HFGenerator
     from alignkit.models.loading import load_policy, load_tokenizer
 
-    model: ModelConfig = load_config("sample", ["data.path=none"]).model  # type: ignore[attr-defined]
+    model: ModelConfig = load_config("sample", ["data.path=none"]).model
     policy, tokenizer, reward_model = load_policy(model, None), load_tokenizer(model), make_reward_model(model)
     prompts = make_prompts(arguments.questions)
     sampling = SamplingConfig(
@@ -57,17 +58,14 @@ def main() -> None:
     seconds["ours, scoring"] = time.process_time() - began
 
     began = time.process_time()
-    theirs = [
-        answered(prompt, text) for prompt in prompts for text in loop_generate(policy, tokenizer, prompt, sampling)
-    ]
+    texts = [loop_generate(policy, tokenizer, prompt, sampling) for prompt in prompts]
     seconds["loop, generating"] = time.process_time() - began
+    theirs = [answered(prompt, text) for prompt, found in zip(prompts, texts, strict=True) for text in found]
     began = time.process_time()
     their_scores = [loop_score(reward_model, each) for each in theirs]
     seconds["loop, scoring"] = time.process_time() - began
 
-    print(
-        f"{arguments.questions} questions, n = {arguments.n}, at most {NEW_TOKENS} new tokens, CPU seconds on one thread"
-    )
+    print(f"{arguments.questions} questions, n = {arguments.n}, {NEW_TOKENS} new tokens at most; CPU seconds")
     print(f"{'':12s} {'loop':>8s} {'alignkit':>9s} {'ratio':>7s}")
     for part in ("generating", "scoring"):
         loop, own = seconds[f"loop, {part}"], seconds[f"ours, {part}"]
@@ -75,10 +73,9 @@ def main() -> None:
     loop, own = (sum(value for name, value in seconds.items() if name.startswith(who)) for who in ("loop", "ours"))
     print(f"{'together':12s} {loop:8.2f} {own:9.2f} {loop / own:6.1f}x")
 
-    lengths = [[len(tokenizer.tokenize(each[-1].content)) for each in rows] for rows in (theirs, ours)]
-    for name, theirs_of, ours_of in (("score", their_scores, our_scores), ("tokens", *lengths)):
-        test = ks_2samp(theirs_of, ours_of)
-        means = sum(theirs_of) / len(theirs_of), sum(ours_of) / len(ours_of)
+    lengths = [[float(len(tokenizer.tokenize(each[-1].content))) for each in rows] for rows in (theirs, ours)]
+    for name, pair in (("score", [their_scores, our_scores]), ("tokens", lengths)):
+        test, means = ks_2samp(*pair), [mean(values) for values in pair]
         print(
             f"{name:12s} {means[0]:8.3f} {means[1]:9.3f}          "
             f"means; Kolmogorov-Smirnov D = {test.statistic:.3f}, p = {test.pvalue:.2f}"
@@ -147,7 +144,7 @@ def loop_score(reward_model: Any, conversation: Conversation) -> float:
     with torch.inference_mode():
         output = module.policy(input_ids=ids, output_hidden_states=True, logits_to_keep=1)
         raw = module.value_head(output.hidden_states[-1][0, -1].float())
-    return (float(raw.reshape(-1)[0]) - reward_model.offset) / reward_model.scale
+    return float((raw.reshape(-1)[0] - reward_model.offset) / reward_model.scale)
 
 
 if __name__ == "__main__":

@@ -141,11 +141,8 @@ def test_a_question_with_an_ungraded_answer_is_left_out_of_the_grade_curve() -> 
 
 
 def test_the_latest_version_is_compared_by_question() -> None:
-    previous = [
-        row("one", completion("old", 0.5)),
-        row("two", completion("old", None)),
-        row("three", completion("x", 9.0)),
-    ]
+    unscored = row("two", completion("old", None))
+    previous = [row("one", completion("old", 0.5)), unscored, row("three", completion("x", 9.0))]
     found = latest_over_previous(ROWS, previous)
     assert found is not None
     assert (found["mean"], found["n"]) == (0.5, 1)  # (2 + 0) / 2 - 0.5, and nothing to compare elsewhere

@@ -259,7 +259,7 @@ def test_greedy_answers_are_compared_but_never_chosen(tmp_path: Path, reward_fol
 
 
 def best_over_single(answers: list[dict[str, Any]]) -> float:
-    scores = [each["score"] for each in answers if each["finished"]]
+    scores = [float(each["score"]) for each in answers if each["finished"]]
     return max(scores) - mean(scores)
 
 
