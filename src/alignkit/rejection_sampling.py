@@ -294,7 +294,7 @@ def score(
         for row in found["candidates"]
         if row.id in drawn
     ]
-    check_scores(found["candidates"], found["latest"], artifact)
+    check_scores(config, found["candidates"], found["latest"], artifact)
     return found
 
 
@@ -325,18 +325,30 @@ def open_judge(config: RejectionSamplingConfig) -> JudgeScorer:
     return JudgeScorer(open_teacher(config.teacher))
 
 
-def check_scores(candidates: Sequence[CompletionSet], latest: Sequence[CompletionSet], artifact: Artifact) -> None:
-    """Stop when no answer of this round has a score, or different answers all have the same."""
+def check_scores(
+    config: RejectionSamplingConfig,
+    candidates: Sequence[CompletionSet],
+    latest: Sequence[CompletionSet],
+    artifact: Artifact,
+) -> None:
+    """Stop when no answer of this round has a score, or a reward model gives different answers all the same.
+
+    A teacher may: it gives whole points, and a good policy's few answers all of them.
+    """
     from alignkit.scoring.best_of_n import scored
 
     if not any(scored(row.completions) for row in latest):
         raise UserError("no completion has both an end and a score: look at log.txt and at sampling.max_new_tokens")
     found = [completion for row in candidates for completion in scored(row.completions)]
     scores, texts = {each.score for each in found}, {each.text for each in found}
+    alike = len(scores) == 1 < len(texts)
+    if alike and config.scorer is ScorerKind.judge:
+        LOG.warning("the teacher gives all %d different answers %g: there is no best", len(texts), found[0].score)
+        return
     detail = f"{len(scores)} different scores of {len(texts)} different texts"
-    if len(scores) == 1 < len(texts):
-        detail += "; a scorer that likes all alike chooses nothing. Train the reward model longer, or take another"
-    artifact.check("scores tell answers apart", len(scores) > 1 or len(texts) == 1, detail)
+    if alike:
+        detail += "; a reward model that likes all alike chooses nothing. Train it longer, or take another"
+    artifact.check("scores tell answers apart", not alike, detail)
 
 
 def describe(
