@@ -1,8 +1,8 @@
 """Best of n with the embedded model, against a loop over the questions in plain transformers: one run, one thread.
 
-    python benchmarks/rejection_sampling.py [--questions 64] [--n 8]
+    python benchmarks/rejection_sampling.py [--questions 64] [--n 8] [--temperature 0.8]
 
-Both draw n completions for each question at temperature 0.8 and top_p 0.95 with the same length limit, and score each
+Both draw n completions for each question at one temperature and top_p 0.95 with the same length limit, and score each
 by the same reward model (untrained: its speed is that of any other). The loop calls `model.generate` once a question
 for all of its n, and the model once a completion to score it. The two draw other random numbers, so that equal
 statistics are what can be asked for: two-sample Kolmogorov-Smirnov tests of scores and of lengths. Scores of the same
@@ -33,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=64)
     parser.add_argument("--n", type=int, default=8)
+    parser.add_argument("--temperature", type=float, default=0.8)
     arguments = parser.parse_args()
 
     from scipy.stats import ks_2samp
@@ -45,7 +46,11 @@ def main() -> None:
     policy, tokenizer, reward_model = load_policy(model, None), load_tokenizer(model), make_reward_model(model)
     prompts = make_prompts(arguments.questions)
     sampling = SamplingConfig(
-        n=arguments.n, temperature=[0.8, 0.8], top_p=[0.95, 0.95], max_new_tokens=NEW_TOKENS, batch_size=512
+        n=arguments.n,
+        temperature=[arguments.temperature] * 2,
+        top_p=[0.95, 0.95],
+        max_new_tokens=NEW_TOKENS,
+        batch_size=512,
     )
     seconds: dict[str, float] = {}
 
@@ -65,7 +70,7 @@ def main() -> None:
     their_scores = [loop_score(reward_model, each) for each in theirs]
     seconds["loop, scoring"] = time.process_time() - began
 
-    print(f"{arguments.questions} questions, n = {arguments.n}, {NEW_TOKENS} new tokens at most; CPU seconds")
+    print(f"{len(prompts)} questions, n = {sampling.n}, temperature {arguments.temperature}; CPU seconds on one thread")
     print(f"{'':12s} {'loop':>8s} {'alignkit':>9s} {'ratio':>7s}")
     for part in ("generating", "scoring"):
         loop, own = seconds[f"loop, {part}"], seconds[f"ours, {part}"]

@@ -292,6 +292,7 @@ def test_a_server_of_the_policy_answers(
     assert server.requests == 6 * 4 + 6  # of the two versions, which are the same, and the greedy ones
     assert artifact.dropped[SAME_TEXT] == 6  # so there is no pair
     assert read(tmp_path, "pairs.jsonl") == []
+    assert "there is not a single pair" in caplog.text
     assert "the teacher gives all 5 different answers 10: there is no best" in caplog.text
     rejection_sampling.run(replace(config, force=True))
     assert server.requests == 30  # everything is in the response store

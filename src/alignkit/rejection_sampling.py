@@ -60,6 +60,8 @@ LOG = logging.getLogger("alignkit")
 
 ROWS_A_BLOCK = 128
 """Questions whose answers the reward model scores at once, which is what a kill can cost."""
+FILES = {"candidates": "scored.jsonl", "previous": "previous.jsonl", "greedy": "greedy.jsonl"}
+"""Whose scored completions are written where."""
 
 
 class ScorerKind(Enum):
@@ -151,6 +153,8 @@ def run(config: RejectionSamplingConfig) -> Artifact:
         artifact.write_rows("best.jsonl", choose(config, candidates, artifact.drop))
         pairs = pair(config, candidates, artifact.drop, previous, lambda text: len(tokenizer.tokenize(text)))
         artifact.write_rows("pairs.jsonl", pairs)
+        if not pairs:
+            LOG.warning("there is not a single pair: dropped.jsonl says why, question by question")
 
         artifact.metrics |= describe_samples(scored["latest"]) | describe(config, scored, artifact)
         artifact.metrics["pairs"] = len(pairs)
@@ -159,10 +163,6 @@ def run(config: RejectionSamplingConfig) -> Artifact:
             f"score {curve['1']['mean']:.2f} -> best of {config.sampling.n} {list(curve.values())[-1]['mean']:.2f}"
         )
     return artifact
-
-
-FILES = {"candidates": "scored.jsonl", "previous": "previous.jsonl", "greedy": "greedy.jsonl"}
-"""Whose scored completions are written where."""
 
 
 def check_config(config: RejectionSamplingConfig) -> None:
