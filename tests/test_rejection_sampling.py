@@ -337,6 +337,12 @@ def test_an_incomplete_reward_model_is_refused_before_anything_is_generated(
         rejection_sampling.run(configure(tmp_path, reward=str(incomplete)))
 
 
+def test_one_head_cannot_disagree(tmp_path: Path, reward_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf, "load_generator", None)  # whoever calls it fails
+    with pytest.raises(UserError, match=r"uncertainty_penalty=0\.5: the reward model .* has one head"):
+        rejection_sampling.run(configure(tmp_path, reward=str(reward_folder), uncertainty_penalty=0.5))
+
+
 def test_a_reward_model_that_likes_everything_alike_stops_the_stage(tmp_path: Path, reward_folder: Path) -> None:
     model = RewardModel.from_pretrained(reward_folder)
     with torch.no_grad():

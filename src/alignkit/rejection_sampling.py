@@ -199,7 +199,7 @@ def check_models(
     if config.generator is GeneratorKind.hf:
         require_memory(job(config, rows, tokenizer), config.hardware, artifact)
     if config.scorer is ScorerKind.reward:
-        require_reward_model(config.reward)
+        require_reward_model(config.reward, config.uncertainty_penalty)
 
 
 def job(config: RejectionSamplingConfig, rows: Sequence[CompletionSet], tokenizer: Any) -> Job:

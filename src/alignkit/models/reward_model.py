@@ -152,10 +152,6 @@ class RewardModel:
                     found[index] = (value - self.offset) / self.scale
         return found
 
-    def scores_and_disagreements(self, conversations: Sequence[Sequence[Message]]) -> list[tuple[float, float] | str]:
-        """For each conversation its score and how far the heads disagree about it (one head: 0), or why it has none."""
-        return [each if isinstance(each, str) else (each, 0.0) for each in self.scores_or_reasons(conversations)]
-
     def raw_scores(self, groups: Sequence[PromptGroup], batch_tokens: int | None = None) -> list[list[float]]:
         """What the value head says of every answer of every group, before offset and scale."""
         import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,8 +44,17 @@ class RewardScorer:
         return [None if isinstance(each, str) else each for each in found]
 
 
-def require_reward_model(folder: str | Path) -> None:
-    """Raise `UserError` when a part of the reward model is missing, before anything is loaded or generated for it."""
+def require_reward_model(folder: str | Path, uncertainty_penalty: float = 0.0) -> None:
+    """Raise `UserError` when a part of the reward model is missing, or the heads that could disagree.
+
+    To be called before anything is loaded or generated for it.
+    """
     for name in (CONFIG_FILE, HEAD_FILE, ADAPTER_FOLDER):
         if not (Path(folder) / name).exists():
             raise UserError(f"reward={folder}: no reward model ({name} is missing). Give a reward stage's run folder.")
+    entries = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
+    if uncertainty_penalty and len(entries.get("head_offsets", [0.0])) < 2:
+        raise UserError(
+            f"uncertainty_penalty={uncertainty_penalty}: the reward model {folder} has one head, and so no "
+            "disagreement. Train one with several, or set uncertainty_penalty=0."
+        )
