@@ -75,6 +75,16 @@ def test_sampling_is_held_by_its_batch() -> None:
     assert run_command("preflight", [*CARD, "stages=rejection_sampling", *found["overrides"]]) == 0
 
 
+@pytest.mark.parametrize("settings", [[], ["sampling.batch_size=8"], ["lora.rank=64", "sampling.batch_size=8"]])
+def test_three_adapters_on_one_4_bit_base_take_little_more_than_one(
+    settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_command("preflight", ["+model=qwen7b", "hardware=h200", "stages=rejection_sampling", *settings])
+    times = stage("rejection_sampling")["times_policy_alone"]
+    assert 1 < times <= 1.15
+    assert f"as adapters on one base: {times:.3f} times the policy alone" in capsys.readouterr().out
+
+
 def test_what_nothing_helps_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command("preflight", ["+model=qwen7b", "hardware.memory_gib=4", "stages=sft"]) == 2
     assert "no setting that is known here makes it fit" in capsys.readouterr().out

@@ -1,165 +1,38 @@
-"""Rejection sampling: the estimator by hand, what is chosen and what is paired, and resumption."""
+"""The rejection_sampling stage: what it writes, that it resumes, and what it refuses."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import pytest
 import torch
+from choosing import completion, row
 from test_sample import SAMPLING, TINY, questions
 
 from alignkit import rejection_sampling
 from alignkit.core.app import load_config
 from alignkit.core.config import LoraConfig, RowsConfig, TeacherConfig
 from alignkit.core.errors import UserError
-from alignkit.core.records import ChatExample, Completion, CompletionSet, Message, PreferencePair
+from alignkit.core.records import ChatExample, CompletionSet, PreferencePair
 from alignkit.generation import hf
+from alignkit.generation.earlier_rounds import join_earlier
+from alignkit.generation.engines import GeneratorKind, ServerConfig
 from alignkit.models.loading import load_base, load_tokenizer, new_adapter, save_adapter
 from alignkit.models.reward_model import RewardModel
 from alignkit.models.value_head import ValueHeadModel
 from alignkit.rejection_sampling import RejectionSamplingConfig, ScorerKind
-from alignkit.scoring.best_of_n import best, correlation, expected_best, powers_of_two, worst
-from alignkit.scoring.judge import JudgeScorer
-
-# -- arithmetic ------------------------------------------------------------------------------------------------------
-
-
-def test_expected_best_by_hand() -> None:
-    scores = [3.0, 1.0, 2.0, 4.0]
-    # Best of 2 among {1, 2, 3, 4}: the pairs' maxima are 2 3 4 3 4 4, mean 20/6.
-    assert expected_best(scores, 1) == 2.5
-    assert expected_best(scores, 2) == pytest.approx(20 / 6)
-    assert expected_best(scores, 3) == pytest.approx((3 + 4 + 4 + 4) / 4)
-    assert expected_best(scores, 4) == 4.0
-    assert expected_best(scores, 9) == 4.0  # no more than there are
-
-
-def test_expected_best_equals_the_mean_over_all_subsets() -> None:
-    scores = [0.3, -1.0, 2.5, 0.1, 0.7, 1.9]
-    grades = [5.0, 1.0, 2.0, 9.0, 7.0, 4.0]
-    for k in range(1, 7):
-        subsets = list(combinations(range(6), k))
-        assert expected_best(scores, k) == pytest.approx(mean(max(scores[i] for i in subset) for subset in subsets))
-        chosen = [max(subset, key=lambda i: scores[i]) for subset in subsets]
-        assert expected_best(scores, k, grades) == pytest.approx(mean(grades[i] for i in chosen))
-
-
-def test_equal_scores_count_with_their_mean_value() -> None:
-    # Both completions score 1; one of them is chosen at random, whatever their order.
-    assert expected_best([1.0, 1.0], 2, [10.0, 0.0]) == expected_best([1.0, 1.0], 2, [0.0, 10.0]) == 5.0
-    # With a third one below, two of three pairs hold exactly one of the equals and one pair holds both.
-    assert expected_best([1.0, 1.0, 0.0], 2, [10.0, 0.0, 3.0]) == pytest.approx((10 + 0 + 5) / 3)
-
-
-def test_small_helpers() -> None:
-    assert powers_of_two(8) == [1, 2, 4, 8]
-    assert powers_of_two(6) == [1, 2, 4, 6]
-    assert powers_of_two(1) == [1]
-    assert correlation([1, 2, 3], [2, 4, 6]) == pytest.approx(1.0)
-    assert correlation([1, 1, 1], [2, 4, 6]) is None
-    assert correlation([1], [2]) is None
-
-
-def completion(text: str, score: float | None, *, finished: bool = True) -> Completion:
-    return Completion(text=text, model="m", score=score, finished=finished)
-
-
-def test_best_and_worst_are_finished_and_the_first_of_equals() -> None:
-    drawn = [
-        completion("cut", 9.0, finished=False),
-        completion("none", None),
-        completion("a", 2.0),
-        completion("b", 3.0),
-        completion("c", 3.0),
-        completion("d", 2.0),
-        completion("cut low", -9.0, finished=False),
-    ]
-    chosen, rejected = best(drawn), worst(drawn)
-    assert chosen is not None
-    assert rejected is not None
-    assert (chosen.text, rejected.text) == ("b", "a")
-    assert best(drawn[:2]) is None
-    assert worst([]) is None
-
-
-# -- choosing and pairing --------------------------------------------------------------------------------------------
-
-
-class Drops:
-    """Remembers what was dropped."""
-
-    def __init__(self) -> None:
-        self.reasons: list[tuple[str, str]] = []
-
-    def drop(self, row: CompletionSet | PreferencePair, reason: str, detail: str = "") -> None:
-        self.reasons.append((row.id, reason))
-
-
-def row(id: str, *completions: Completion) -> CompletionSet:
-    return CompletionSet(
-        id=id, parents=["p"], prompt=[Message(role="user", content=f"question {id}")], completions=list(completions)
-    )
-
-
-ROWS = [
-    row("clear", completion("good", 2.0), completion("bad", -1.0), completion("middle", 0.0)),
-    row("close", completion("good", 1.0), completion("as good", 0.95)),
-    row("same", completion("good", 1.0), completion("good", 1.0)),
-    row("cut", completion("good", None, finished=False)),
-]
-
-
-def test_best_examples_keep_ids_and_say_what_was_left_out() -> None:
-    drops: Any = Drops()
-    examples = rejection_sampling.choose(RejectionSamplingConfig(name="x"), ROWS, drops)
-    assert [(example.id, example.completion[0].content) for example in examples] == [
-        ("clear", "good"),
-        ("close", "good"),
-        ("same", "good"),
-    ]
-    assert examples[0].parents == ["p"]
-    assert drops.reasons == [("cut", "no finished completion with a score")]
-    drops = Drops()
-    chosen = rejection_sampling.choose(RejectionSamplingConfig(name="x", min_score=1.5), ROWS, drops)
-    assert [example.id for example in chosen] == ["clear"]
-    assert ("close", "best completion scores below min_score") in drops.reasons
-    with pytest.raises(UserError, match="no question has a best completion"):
-        rejection_sampling.choose(RejectionSamplingConfig(name="x"), ROWS[3:], drops)
-
-
-def test_pairs_need_a_margin_and_two_texts() -> None:
-    drops: Any = Drops()
-    config = RejectionSamplingConfig(name="x", min_margin=0.1)
-    pairs = rejection_sampling.pair(config, ROWS, {each.id: each.completions for each in ROWS}, drops)
-    assert [(each.id, each.chosen[0].content, each.rejected[0].content, each.margin) for each in pairs] == [
-        ("clear", "good", "bad", 3.0)
-    ]
-    assert [id for id, _ in drops.reasons] == ["close", "same"]  # and "cut" was set aside with the best ones
-    lenient = replace(config, min_margin=0.0)
-    pairs = rejection_sampling.pair(lenient, ROWS[:3], {each.id: each.completions for each in ROWS}, drops)
-    assert [each.id for each in pairs] == ["clear", "close"]
-    drops = Drops()
-    most = replace(lenient, max_pairs=1)
-    pairs = rejection_sampling.pair(most, ROWS[1::-1], {each.id: each.completions for each in ROWS}, drops)
-    assert [each.id for each in pairs] == ["clear"]
-    assert drops.reasons == [("close", "no pair: max_pairs others have a larger margin")]
-
-
-def test_the_previous_version_supplies_the_rejected_answer() -> None:
-    previous = {"clear": [completion("old", 1.0), completion("older", 0.5)], "close": [completion("better", 3.0)]}
-    drops: Any = Drops()
-    pairs = rejection_sampling.pair(RejectionSamplingConfig(name="x"), ROWS[:2], previous, drops)
-    assert [(each.id, each.rejected[0].content, each.margin) for each in pairs] == [("clear", "older", 1.5)]
-    assert drops.reasons[0][0] == "close"  # the previous version was better: no pair
-
-
-# -- the stage -------------------------------------------------------------------------------------------------------
+from alignkit.scoring.preference_pairs import SAME_TEXT, Pairing
+from alignkit.scoring.reward import RewardScorer
+from alignkit.teacher.server import TeacherServer
 
 
 @pytest.fixture(scope="module")
@@ -199,15 +72,15 @@ def test_the_stage_chooses_by_the_reward_model(tmp_path: Path, reward_folder: Pa
     pairs = [PreferencePair.model_validate(each) for each in read(tmp_path, "pairs.jsonl")]
     assert len(rows) == 12
     model = RewardModel.from_pretrained(reward_folder)
-    for row in rows:
-        finished = [each for each in row.completions if each.finished]
+    for each_row in rows:
+        finished = [each for each in each_row.completions if each.finished]
         rescored = model.score(
-            [{"messages": [*row.prompt, {"role": "assistant", "content": each.text}]} for each in finished]
+            [{"messages": [*each_row.prompt, {"role": "assistant", "content": each.text}]} for each in finished]
         )
         assert [each.score for each in finished] == pytest.approx(rescored, abs=1e-4)
-        assert all(each.score is None for each in row.completions if not each.finished)
+        assert all(each.score is None for each in each_row.completions if not each.finished)
         if finished:
-            assert examples[row.id].completion[0].content == finished[rescored.index(max(rescored))].text
+            assert examples[each_row.id].completion[0].content == finished[rescored.index(max(rescored))].text
     assert pairs
     for pair in pairs:
         assert pair.margin is not None
@@ -222,31 +95,6 @@ def test_the_stage_chooses_by_the_reward_model(tmp_path: Path, reward_folder: Pa
     assert len(read(tmp_path, "best.jsonl")) + artifact.dropped["no finished completion with a score"] == 12
 
 
-def test_a_question_with_an_ungraded_answer_is_left_out_of_the_grade_curve(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    grades = {"good": 9.0, "bad": 1.0, "middle": 4.0, "as good": None}
-
-    def score(self: JudgeScorer, conversations: Sequence[list[Message]]) -> list[float | None]:
-        found = [grades[conversation[-1].content] for conversation in conversations]
-        self.reasons = ["no number in it" if grade is None else None for grade in found]
-        return found
-
-    monkeypatch.setattr(JudgeScorer, "score", score)
-    config = RejectionSamplingConfig(
-        name="x", grade=True, sampling=replace(SAMPLING, n=2), teacher=TeacherConfig(model="scripted")
-    )
-    with caplog.at_level("WARNING", "alignkit"):
-        metrics = rejection_sampling.describe_scores(ROWS[:2], config)
-    curves = metrics["best_of_n"]
-    assert metrics["ungraded_questions"] == 1
-    assert (curves["score"]["1"]["n"], curves["grade"]["1"]["n"]) == (2, 1)
-    assert curves["grade"]["1"]["mean"] == pytest.approx((9 + 1 + 4) / 3)
-    assert "1 of 5 completions have no grade, the first because: no number in it; 1 of 2 questions" in caplog.text
-    metrics = rejection_sampling.describe_scores(ROWS[1:2], config)
-    assert set(metrics["best_of_n"]) == {"score"}  # no question is left
-
-
 def test_the_teacher_is_the_upper_bound_and_needs_no_reward_model(tmp_path: Path) -> None:
     config = configure(tmp_path, scorer=ScorerKind.judge, reward="nowhere/at/all")
     artifact = rejection_sampling.run(config)
@@ -255,43 +103,254 @@ def test_the_teacher_is_the_upper_bound_and_needs_no_reward_model(tmp_path: Path
     assert [entry["key"] for entry in artifact.inputs] == ["data.path"]
 
 
-def test_a_killed_run_ends_with_the_same_files(
+HANGS_IN_THE_LATEST_VERSION = """
+import sys, time
+from test_rejection_sampling import killed_here
+killed_here(*sys.argv[1:])
+"""
+
+
+def killed_here(folder: str, reward: str, previous: str) -> None:
+    """Run the stage in this process; it says when it is in the middle of the latest version's answers, and hangs."""
+    decode, calls = hf.decode, 0
+
+    def hangs(*arguments: Any, **keywords: Any) -> list[list[int]]:
+        nonlocal calls
+        calls += 1
+        if calls == 20:  # the previous version's three chunks are done (12 batches), and the latest's first one
+            print("in the middle", flush=True)
+            time.sleep(100)
+        return decode(*arguments, **keywords)
+
+    hf.decode = hangs
+    rejection_sampling.run(configure(Path(folder), 24, reward=reward, previous_adapter=previous))
+
+
+def test_after_kill_9_and_an_interruption_the_files_are_the_same_to_the_byte(
     tmp_path: Path, reward_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    previous = tmp_path / "previous"
+    previous = save_random_adapter(tmp_path / "previous")
+    whole, cut = (tmp_path / "whole", tmp_path / "cut")
+    for folder in (whole, cut):
+        folder.mkdir()
+    monkeypatch.setattr(rejection_sampling, "ROWS_A_BLOCK", 10)
+    settings: dict[str, Any] = {"reward": str(reward_folder), "previous_adapter": str(previous)}
+    rejection_sampling.run(configure(whole, 24, **settings))
+
+    command = [sys.executable, "-c", HANGS_IN_THE_LATEST_VERSION, str(cut), str(reward_folder), str(previous)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert "in the middle\n" in iter(process.stdout.readline, "")
+        process.kill()
+
+    decode, score, decoded, scored = hf.decode, RewardScorer.score, 0, 0
+
+    def counted(*arguments: Any, **keywords: Any) -> list[list[int]]:
+        nonlocal decoded
+        decoded += 1
+        return decode(*arguments, **keywords)
+
+    def dies(self: RewardScorer, conversations: Any) -> Any:
+        nonlocal scored
+        scored += 1
+        if scored == 3:  # of three blocks of candidates and three of the previous version
+            raise KeyboardInterrupt
+        return score(self, conversations)
+
+    monkeypatch.setattr(hf, "decode", counted)
+    monkeypatch.setattr(RewardScorer, "score", dies)
+    with pytest.raises(KeyboardInterrupt):
+        rejection_sampling.run(configure(cut, 24, **settings))
+    assert decoded == 8  # two of the latest version's three chunks, four batches each
+    rejection_sampling.run(configure(cut, 24, **settings))
+    assert (decoded, scored) == (8, 7)  # nothing is generated again, and two blocks are not scored again
+    for name in ("scored.jsonl", "previous.jsonl", "best.jsonl", "pairs.jsonl", "dropped.jsonl"):
+        assert (cut / "out" / name).read_bytes() == (whole / "out" / name).read_bytes(), name
+    old = {each["id"]: {answer["text"] for answer in each["completions"]} for each in read(cut, "previous.jsonl")}
+    pairs = read(cut, "pairs.jsonl")
+    assert pairs
+    assert all(each["rejected"][0]["content"] in old[each["id"]] for each in pairs)
+
+
+def save_random_adapter(folder: Path) -> Path:
     torch.manual_seed(9)
     policy = new_adapter(load_base(TINY), LoraConfig(rank=2, dropout=0.0), ["all-linear"])
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    save_adapter(policy, previous, TINY)
-    settings: dict[str, Any] = {"count": 40, "reward": str(reward_folder), "previous_adapter": str(previous)}
-    (tmp_path / "whole").mkdir()
-    rejection_sampling.run(configure(tmp_path / "whole", **settings))
+            torch.nn.init.normal_(parameter, std=0.03)
+    save_adapter(policy, folder, TINY)
+    return folder
 
-    decode, calls = hf.decode, 0
 
-    def dies(*arguments: Any, **keywords: Any) -> list[list[int]]:
-        nonlocal calls
-        calls += 1
-        if calls == 30:  # the previous version is done (20 batches), the latest is not
-            raise KeyboardInterrupt
-        return decode(*arguments, **keywords)
+# -- rounds, greedy answers, a server ----------------------------------------------------------------------------------
 
-    monkeypatch.setattr(hf, "decode", dies)
-    (tmp_path / "cut").mkdir()
-    with pytest.raises(KeyboardInterrupt):
-        rejection_sampling.run(configure(tmp_path / "cut", **settings))
-    calls = 100
-    rejection_sampling.run(configure(tmp_path / "cut", **settings))
-    assert calls == 112  # two of the latest version's five chunks were in the journal
-    for name in ("scored.jsonl", "previous.jsonl", "best.jsonl", "pairs.jsonl"):
-        assert read(tmp_path / "cut", name) == read(tmp_path / "whole", name)
-    old = {
-        each["id"]: {completion["text"] for completion in each["completions"]}
-        for each in read(tmp_path / "cut", "previous.jsonl")
-    }
-    assert all(each["rejected"][0]["content"] in old[each["id"]] for each in read(tmp_path / "cut", "pairs.jsonl"))
+
+def test_the_best_is_the_best_over_all_rounds(tmp_path: Path, reward_folder: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    varied = replace(SAMPLING, n=4, temperature=[1.5, 1.5], top_p=[1.0, 1.0], max_new_tokens=24)
+    rejection_sampling.run(configure(first, 12, scorer=ScorerKind.judge, sampling=varied))
+    earlier = str(first / "out" / "scored.jsonl")
+    rows = RowsConfig(path=str(first / "questions.jsonl"), skip=6)
+    config = replace(configure(second, 1, reward=str(reward_folder), keep=[earlier], seed=5), data=rows)
+    artifact = rejection_sampling.run(config)
+
+    before = {each["id"]: finished_texts(each["completions"]) for each in read(first, "scored.jsonl")}
+    now = {each["id"]: each["completions"] for each in read(second, "scored.jsonl")}
+    of_this_round, others = [f"q-{number}" for number in range(6, 12)], [f"q-{number}" for number in range(6)]
+    assert list(now) == of_this_round + [id for id in others if before[id]]
+    for id, answers in now.items():
+        drawn = 4 if id in of_this_round else 0  # and then what the earlier round wrote and this one did not
+        own = finished_texts(answers[:drawn])
+        assert [each["text"] for each in answers[drawn:]] == [text for text in before[id] if text not in own]
+    assert any(len(now[id]) > 4 for id in of_this_round)
+    assert artifact.metrics["best_of_n"]["score"]["4"]["n"] <= 6  # the curve is of this round
+    assert len(read(second, "best.jsonl")) == sum(bool(finished_texts(answers)) for answers in now.values()) > 6
+    assert [entry["key"] for entry in artifact.inputs] == ["data.path", "reward", "keep[0]"]
+    model = RewardModel.from_pretrained(reward_folder)
+    for each in read(second, "scored.jsonl"):
+        for answer in each["completions"]:
+            if answer["finished"]:
+                turns = [*each["prompt"], {"role": "assistant", "content": answer["text"]}]
+                assert answer["score"] == pytest.approx(model.score([{"messages": turns}])[0], abs=1e-4)
+
+
+def finished_texts(answers: list[dict[str, Any]]) -> list[str]:
+    """Each text of a finished answer once, in order."""
+    return list(dict.fromkeys(each["text"] for each in answers if each["finished"]))
+
+
+def test_earlier_rows_that_cannot_be_used_are_dropped_or_refused(tmp_path: Path) -> None:
+    fresh = [row("a", completion("new", None))]
+    path = tmp_path / "scored.jsonl"
+    rows = [
+        row("a", completion("new", 3.0), completion("old", 2.0), completion("cut", None, finished=False)),
+        row("other", completion("other", 1.0)),
+        row("empty"),
+        row("a", completion("stranger", 1.0)).model_copy(update={"prompt": row("x").prompt}),
+    ]
+    path.write_text("".join(each.model_dump_json() + "\n" for each in rows[:3]), encoding="utf-8")
+    joined, dropped = join_earlier(fresh, [str(path)])
+    assert [(each.id, [answer.text for answer in each.completions]) for each in joined] == [
+        ("a", ["new", "old"]),
+        ("other", ["other"]),
+    ]
+    assert [answer.score for each in joined for answer in each.completions] == [None] * 3
+    assert [each.reason for each in dropped] == ["no completions"]
+    path.write_text(rows[3].model_dump_json() + "\n", encoding="utf-8")
+    joined, dropped = join_earlier(fresh, [str(path)])
+    assert joined == fresh
+    assert [each.reason for each in dropped] == ["keep: another question has this id"]
+    path.write_text(rows[2].model_dump_json() + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"keep: .*none of its 1 rows can be used \(no completions\)"):
+        join_earlier(fresh, [str(path)])
+
+
+def test_greedy_answers_are_compared_but_never_chosen(tmp_path: Path, reward_folder: Path) -> None:
+    config = configure(tmp_path, 10, reward=str(reward_folder), greedy=True, grade=True)
+    artifact = rejection_sampling.run(config)
+    greedy = {each["id"]: each["completions"] for each in read(tmp_path, "greedy.jsonl")}
+    drawn = {each["id"]: each["completions"] for each in read(tmp_path, "scored.jsonl")}
+    assert all([each["sampling"]["temperature"] for each in answers] == [0.0] for answers in greedy.values())
+    assert {len(answers) for answers in drawn.values()} == {4}  # the greedy one is none of them
+    both = [id for id in drawn if greedy[id][0]["finished"] and any(each["finished"] for each in drawn[id])]
+    for measure in ("score", "grade"):
+        gains = artifact.metrics["gains"][measure]
+        assert set(gains) == {"best_over_single", "best_over_greedy", "single_over_greedy"}
+        assert artifact.metrics["greedy"][measure]["n"] == gains["best_over_greedy"]["n"] == len(both) > 0
+    best, single = (artifact.metrics["gains"]["score"][f"{name}_over_greedy"]["mean"] for name in ("best", "single"))
+    assert best - single == pytest.approx(mean(best_over_single(drawn[id]) for id in both))
+
+
+def best_over_single(answers: list[dict[str, Any]]) -> float:
+    scores = [float(each["score"]) for each in answers if each["finished"]]
+    return max(scores) - mean(scores)
+
+
+def test_a_server_of_the_policy_answers(
+    tmp_path: Path, server: TeacherServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = ServerConfig(base_url=server.base_url, model="scripted", previous_model="scripted")
+    config = configure(
+        tmp_path,
+        6,
+        generator=GeneratorKind.openai,
+        server=served,
+        adapter="nowhere/at/all",
+        scorer=ScorerKind.judge,
+        teacher=TeacherConfig(model="scripted", store=str(tmp_path / "store.sqlite")),
+        pairing=Pairing.versions,
+        greedy=True,
+    )
+    artifact = rejection_sampling.run(config)
+    rows = read(tmp_path, "scored.jsonl")
+    assert len(rows) == 6
+    assert {answer["model"] for each in rows for answer in each["completions"]} == {"scripted"}
+    assert {len(each["completions"]) for each in rows} == {4}
+    assert server.requests == 6 * 4 + 6  # of the two versions, which are the same, and the greedy ones
+    assert artifact.dropped[SAME_TEXT] == 6  # so there is no pair
+    assert read(tmp_path, "pairs.jsonl") == []
+    assert "there is not a single pair" in caplog.text
+    assert "the teacher gives all 5 different answers 10: there is no best" in caplog.text
+    rejection_sampling.run(replace(config, force=True))
+    assert server.requests == 30  # everything is in the response store
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampling": replace(SAMPLING, n=1)}, r"sampling\.n=1: one completion a question leaves nothing"),
+        ({"pairing": Pairing.versions}, "pairing=versions: name the previous version"),
+        ({"pairing": Pairing.versions, "previous_adapter": "a", "keep": ["b"]}, "pairing=versions with keep"),
+        ({"uncertainty_penalty": -1.0}, "uncertainty_penalty=-1.0: must be 0 or more"),
+        ({"max_length_ratio": 0.5}, "max_length_ratio=0.5: must be at least 1"),
+        ({"generator": GeneratorKind.openai}, r"server\.model: name the model"),
+    ],
+)
+def test_settings_that_leave_nothing_to_choose_are_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        rejection_sampling.run(configure(tmp_path, **({"reward": "somewhere"} | changes)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_completion_is_enough_against_a_previous_version() -> None:
+    rejection_sampling.check_config(
+        RejectionSamplingConfig(name="x", reward="r", previous_adapter="p", sampling=replace(SAMPLING, n=1))
+    )
+
+
+@pytest.mark.parametrize("part", ["reward_config.json", "value_head.safetensors", "adapter"])
+def test_an_incomplete_reward_model_is_refused_before_anything_is_generated(
+    part: str, tmp_path: Path, reward_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf, "load_generator", None)  # whoever calls it fails
+    incomplete = shutil.copytree(reward_folder, tmp_path / "reward")
+    (incomplete / part).rename(tmp_path / "gone")
+    with pytest.raises(UserError, match=f"reward=.*no reward model \\({part} is missing\\)"):
+        rejection_sampling.run(configure(tmp_path, reward=str(incomplete)))
+
+
+def test_one_head_cannot_disagree(tmp_path: Path, reward_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf, "load_generator", None)  # whoever calls it fails
+    with pytest.raises(UserError, match=r"uncertainty_penalty=0\.5: the reward model .* has one head"):
+        rejection_sampling.run(configure(tmp_path, reward=str(reward_folder), uncertainty_penalty=0.5))
+
+
+def test_a_reward_model_that_likes_everything_alike_stops_the_stage(tmp_path: Path, reward_folder: Path) -> None:
+    model = RewardModel.from_pretrained(reward_folder)
+    with torch.no_grad():
+        model.module.value_head.weight.zero_()
+    model.save_pretrained(tmp_path / "flat")
+    with pytest.raises(UserError, match=r"scores tell answers apart.*1 different scores of \d+ different texts"):
+        rejection_sampling.run(configure(tmp_path, reward=str(tmp_path / "flat")))
+    assert not (tmp_path / "out" / "best.jsonl").exists()
 
 
 def test_a_reward_model_must_be_named(tmp_path: Path) -> None:
@@ -299,18 +358,6 @@ def test_a_reward_model_must_be_named(tmp_path: Path) -> None:
         rejection_sampling.run(configure(tmp_path))
     with pytest.raises(UserError, match=r"reward=.*nowhere: no such file or folder"):
         rejection_sampling.run(configure(tmp_path, reward=str(tmp_path / "nowhere")))
-
-
-def test_completions_that_cannot_be_scored_keep_no_score() -> None:
-    class Mute:
-        reasons: Sequence[str | None] = ()
-
-        def score(self, conversations: Sequence[list[Message]]) -> list[float | None]:
-            self.reasons = ["no answer"] * len(conversations)
-            return [None] * len(conversations)
-
-    scored = rejection_sampling.score(Mute(), ROWS)  # type: ignore[arg-type]
-    assert all(each.score is None for row in scored for each in row.completions)
 
 
 def test_the_shipped_configuration_composes() -> None:

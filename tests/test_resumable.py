@@ -9,18 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from choosing import completion, row
 from tiny_random import conversation
 
 from alignkit.core.journal import Journal
 from alignkit.core.records import Message
-from alignkit.scoring.resumable import score_all
+from alignkit.scoring.resumable import score_all, score_completions
 
 HANGS_AT_THE_THIRD_BLOCK = """
 import sys, time
 from pathlib import Path
 from alignkit.core.journal import Journal
 from alignkit.core.records import Message
-from alignkit.scoring.resumable import score_all
+from alignkit.scoring.resumable import score_all, score_completions
 
 class Hanging:
     calls = 0
@@ -80,6 +81,36 @@ def test_what_the_journal_holds_is_not_scored_again(tmp_path: Path) -> None:
     with Journal(tmp_path / "journal.jsonl", "scores") as journal:
         journal.add("row 1", [9.0, None])
         assert score_all(scorer, rows("a", "ab", "abc"), journal) == [(1 / 3, None), (9.0, None), (1.0, None)]
+    assert scorer.blocks == [2]
+
+
+def test_completions_are_scored_by_row_and_unfinished_ones_are_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    some = [
+        row("a", completion("abc", None), completion("cut", None, finished=False), completion("", None)),
+        row("b", completion("nan", None)),
+        row("c", completion("cut", None, finished=False)),
+    ]
+    scorer = LengthScorer()
+    with Journal(tmp_path / "journal.jsonl", "scores") as journal:
+        scored = score_completions(scorer, some, journal, block=2)
+        assert [[each.score for each in found.completions] for found in scored] == [[1.0, None, None], [None], [None]]
+        assert [[each.text for each in found.completions] for found in scored] == [["abc", "cut", ""], ["nan"], ["cut"]]
+        assert scorer.blocks == [3]  # nothing to score in the second block
+        assert "2 of 3 completions have no score, the first because: empty answer" in caplog.text
+        assert score_completions(scorer, some, journal, block=2) == scored
+    assert scorer.blocks == [3]
+
+
+def test_a_block_that_was_torn_is_scored_anew_as_a_whole(tmp_path: Path) -> None:
+    some = [row(id, completion("abc", None)) for id in "abcd"]
+    with Journal(tmp_path / "journal.jsonl", "scores") as journal:
+        for id in "abc":
+            journal.add(id, [[9.0, None]])
+        scorer = LengthScorer()
+        scored = score_completions(scorer, some, journal, block=2)
+    assert [each.completions[0].score for each in scored] == [9.0, 9.0, 1.0, 1.0]
     assert scorer.blocks == [2]
 
 

@@ -18,8 +18,9 @@ from alignkit.core.manifest import read_manifest
 from alignkit.core.records import CompletionSet, Message
 from alignkit.data.closed_world import World, answer
 from alignkit.generation import hf
+from alignkit.generation.engines import GeneratorKind
 from alignkit.generation.openai import OpenAIGenerator
-from alignkit.sample import GeneratorKind, SampleConfig
+from alignkit.sample import SampleConfig
 from alignkit.teacher.client import Answer, OnAnswer, Request, Usage
 from alignkit.teacher.scripted import ScriptedTeacher
 

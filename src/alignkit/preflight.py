@@ -174,6 +174,7 @@ def examine(job: Job, machine: Machine, rows: Rows, epochs: float, command: str)
         "fits": machine.spare(memory) >= 0,
         "tokens_per_second": [rate.low, rate.high] if rate else None,
         "hours": [tokens / rate.high / 3600, tokens / rate.low / 3600] if rate else None,
+        "times_policy_alone": job.times_policy_alone if job.stage == "rejection_sampling" else None,
         "largest_max_length": largest_length(job, machine),
         "context": job.base.shape.context,
         "overrides": remedies,
@@ -220,6 +221,11 @@ def as_text(report: dict[str, Any]) -> str:
             + f"{'-' if longest is None else f'{longest} (context)' if longest == each['context'] else longest:>18}"
         )
     for each in report["stages"]:
+        if each["times_policy_alone"]:
+            lines.append(
+                f"{each['stage']}: policy, previous version and reward model as adapters on one base: "
+                f"{each['times_policy_alone']:.3f} times the policy alone"
+            )
         lines += [f"{each['stage']}: known to fail: {problem}" for problem in each["problems"]]
         if each["command"]:
             lines += [f"{each['stage']}: estimated to fit:", f"  {each['command']}"]

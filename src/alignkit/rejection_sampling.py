@@ -1,25 +1,32 @@
 """rejection_sampling: draw n completions for each question, score them, keep the best, and pair it with a worse one.
 
 The scorer is a reward model; with scorer=judge it is the teacher, which is the upper bound of what a reward model that
-learnt from it can reach. Only finished completions are chosen or rejected. With previous_adapter the rejected answer
-of a pair is the worst that the previous version wrote, where that scores lower; without it, the worst of the same n.
+learnt from it can reach. Only finished completions are chosen or rejected. pairing=reward, the default, pairs the best
+with the worst of the same n or, with previous_adapter, with the worst of the previous version where that scores lower.
+pairing=versions prefers the latest version's answer to the previous version's, whatever they score. A killed run
+continues with the same command, and ends with the same files.
 
 Reads:   data.path               questions
          adapter                 the policy's adapter
          reward                  run folder of the reward model (scorer=reward)
          previous_adapter        the previous version's adapter (optional)
+         keep                    scored.jsonl of earlier rounds (optional)
 Writes:  best.jsonl              the best completion of each question, to learn from (sft)
-         pairs.jsonl             best against worse with the margin, to prefer by (dpo)
-         scored.jsonl            all completions with their scores (previous.jsonl: those of the previous version)
+         pairs.jsonl             chosen against rejected, with the margin, to prefer by (dpo)
+         scored.jsonl            all completions with their scores (previous.jsonl: those of the previous version,
+                                 greedy.jsonl: the greedy ones)
          dropped.jsonl           questions without a best or without a pair, and why
 
 Overrides people use:
   data.path=questions.jsonl data.limit=500   other questions
   sampling.n=16                              completions a question
   scorer=judge                               let the teacher score instead of the reward model
-  min_margin=0.5                             smallest score difference of a pair
-  previous_adapter=runs/mine/sft/adapter     latest version against this previous one
-  grade=true                                 have the teacher grade what the reward model chooses from, for the report
+  min_margin=0.5 pairs_per_prompt=2          smallest score difference of a pair, most pairs of a question
+  max_length_ratio=2                         no pair in which one answer is more than twice as long
+  previous_adapter=runs/mine/sft/adapter     latest version against this previous one (pairing=versions: unranked)
+  keep=[runs/mine/round_1/scored.jsonl]      the best over this round and earlier ones
+  grade=true greedy=true                     grade what the reward model chooses from, and the greedy answers beside it
+  generator=openai server.model=<name>       let a server of the policy answer (vLLM, for one)
 
 Examples:
   python -m alignkit.rejection_sampling run=demo
@@ -28,23 +35,33 @@ Examples:
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from statistics import mean
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
 from alignkit.core.config import HardwareConfig, ModelConfig, RowsConfig, SamplingConfig, StageConfig, TeacherConfig
 from alignkit.core.errors import UserError
-from alignkit.core.records import ChatExample, Completion, CompletionSet, Message, PreferencePair
+from alignkit.core.records import CompletionSet
+from alignkit.generation.engines import GeneratorKind, ServerConfig
+from alignkit.scoring.preference_pairs import ChoiceConfig, Pairing
+
+# ruff: noqa: UP045
 
 if TYPE_CHECKING:
     from alignkit.models.jobs import Job
     from alignkit.scoring.base import Scorer
+    from alignkit.scoring.judge import JudgeScorer
 
 LOG = logging.getLogger("alignkit")
+
+ROWS_A_BLOCK = 128
+"""Questions whose answers the reward model scores at once, which is what a kill can cost."""
+FILES = {"candidates": "scored.jsonl", "previous": "previous.jsonl", "greedy": "greedy.jsonl"}
+"""Whose scored completions are written where."""
 
 
 class ScorerKind(Enum):
@@ -55,25 +72,34 @@ class ScorerKind(Enum):
 
 
 @dataclass
-class RejectionSamplingConfig(StageConfig):
+class RejectionSamplingConfig(ChoiceConfig, StageConfig):
     """Configuration of `rejection_sampling`."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("data.path", "adapter", "previous_adapter", "reward", "model.path")
+    inputs: ClassVar[tuple[str, ...]] = ("data.path", "adapter", "previous_adapter", "reward", "keep", "model.path")
+    incidental: ClassVar[tuple[str, ...]] = (
+        *StageConfig.incidental,
+        "server.concurrency",
+        "server.timeout_seconds",
+        "server.allow_http",
+    )
 
     data: RowsConfig = field(default_factory=RowsConfig)
-    adapter: Optional[str] = None  # noqa: UP045
+    generator: GeneratorKind = GeneratorKind.hf
+    """Who answers: this process, a server that has the policy, or vLLM in this process."""
+    adapter: Optional[str] = None
     """The policy's adapter; none samples from the base."""
-    previous_adapter: Optional[str] = None  # noqa: UP045
+    previous_adapter: Optional[str] = None
     """Take the rejected answers from this previous version."""
+    server: ServerConfig = field(default_factory=ServerConfig)
+    keep: list[str] = field(default_factory=list)
+    """Candidates of earlier rounds: their scored.jsonl, which are scored anew."""
     scorer: ScorerKind = ScorerKind.reward
     reward: str = "none"
     """Run folder of the reward model; not read with scorer=judge."""
-    min_margin: float = 0.1
-    """Smallest score difference of a pair: standard deviations of the reward model, or points of the teacher."""
-    max_pairs: Optional[int] = None  # noqa: UP045
-    """Keep only so many pairs, those with the largest margins."""
-    min_score: Optional[float] = None  # noqa: UP045
-    """Keep the best completion of a question only with at least this score; none keeps every best."""
+    uncertainty_penalty: float = 0.0
+    """Take this many times the disagreement of an ensemble's heads off its score."""
+    greedy: bool = False
+    """Write and score the greedy answers, too. Nothing is chosen from them: best of n is compared with them."""
     grade: bool = False
     """Have the teacher grade every completion, too. Nothing is chosen by it: it shows what the reward model's choice is
     worth."""
@@ -83,52 +109,97 @@ class RejectionSamplingConfig(StageConfig):
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
 
     def __post_init__(self) -> None:
-        """With the teacher as scorer no reward model has to exist."""
+        """With the teacher as scorer no reward model has to exist, and with a server no adapter."""
         if self.scorer is ScorerKind.judge:
             self.reward = "none"
+        if self.generator is GeneratorKind.openai:
+            self.adapter = self.previous_adapter = None
+
+    @property
+    def versions(self) -> dict[str, str | None]:
+        """What writes the answers, the previous version first: an adapter or, of a server, a name."""
+        if self.generator is GeneratorKind.openai:
+            previous, latest = self.server.previous_model, self.server.model
+        else:
+            previous, latest = self.previous_adapter, self.adapter
+        return ({"previous": previous} if previous else {}) | {"latest": latest}
 
 
 def run(config: RejectionSamplingConfig) -> Artifact:
     """Sample, score, choose the best, pair it with a worse one."""
-    from alignkit.generation.base import check_sampling
-
-    check_sampling(config.sampling)
-    if config.scorer is ScorerKind.reward and config.reward == "none":
-        raise UserError("reward: name the run folder of a reward model, or set scorer=judge")
-    with Artifact.open("rejection_sampling", config) as artifact:
+    check_config(config)
+    with Artifact.open("rejection_sampling", config, always=config.teacher.retry_failed) as artifact:
         if artifact.up_to_date:
             return artifact
         from alignkit.generation.questions import describe_samples, read_prompts
-        from alignkit.models.headroom import require_memory
         from alignkit.models.loading import load_tokenizer
+        from alignkit.scoring.preference_pairs import choose, eligible, pair
 
         tokenizer = load_tokenizer(config.model)
         rows, dropped = read_prompts(config.data, tokenizer, config.model, config.sampling)
         for each in dropped:
             artifact.drop(each.row, each.reason, each.detail)
-        require_memory(job(config, rows, tokenizer), config.hardware, artifact)
-        before = config.previous_adapter
-        previous = generate(config, before, rows, "previous", artifact)[0] if before else []
-        latest, policy = generate(config, config.adapter, rows, "latest", artifact)
+        check_models(config, rows, tokenizer, artifact)
 
-        scorer = open_scorer(config, policy)
-        latest, previous = score(scorer, latest), score(scorer, previous)
-        rejected_from = {row.id: row.completions for row in previous or latest}
+        written, policy = generate(config, rows, artifact)
+        written["candidates"] = with_earlier(config, written["latest"], artifact)
+        scored = score(config, written, policy, artifact)
+        for name, file in FILES.items():
+            if name in scored:
+                artifact.write_rows(file, scored[name])
 
-        artifact.write_rows("scored.jsonl", latest)
-        if previous:
-            artifact.write_rows("previous.jsonl", previous)
-        artifact.write_rows("best.jsonl", choose(config, latest, artifact))
-        pairs = pair(config, latest, rejected_from, artifact)
+        candidates = eligible(config, scored["candidates"], artifact.drop)
+        previous = {row.id: row for row in scored["previous"]} if "previous" in scored else None
+        artifact.write_rows("best.jsonl", choose(config, candidates, artifact.drop))
+        pairs = pair(config, candidates, artifact.drop, previous, lambda text: len(tokenizer.tokenize(text)))
         artifact.write_rows("pairs.jsonl", pairs)
+        if not pairs:
+            LOG.warning("there is not a single pair: dropped.jsonl says why, question by question")
 
-        artifact.metrics |= describe_samples(latest) | describe_scores(latest, config)
+        artifact.metrics |= describe_samples(scored["latest"]) | describe(config, scored, artifact)
         artifact.metrics["pairs"] = len(pairs)
         curve = artifact.metrics["best_of_n"]["score"]
         artifact.summary = (
             f"score {curve['1']['mean']:.2f} -> best of {config.sampling.n} {list(curve.values())[-1]['mean']:.2f}"
         )
     return artifact
+
+
+def check_config(config: RejectionSamplingConfig) -> None:
+    """Raise `UserError` for settings that make no sense or leave nothing to choose, before anything is generated."""
+    from alignkit.generation.base import check_sampling
+    from alignkit.scoring.preference_pairs import check_choice
+
+    check_sampling(config.sampling)
+    check_choice(config)
+    if config.scorer is ScorerKind.reward and config.reward == "none":
+        raise UserError("reward: name the run folder of a reward model, or set scorer=judge")
+    if config.uncertainty_penalty < 0:
+        raise UserError(f"uncertainty_penalty={config.uncertainty_penalty}: must be 0 or more")
+    if config.generator is GeneratorKind.openai and not config.server.model:
+        raise UserError("server.model: name the model under which the server has the policy (generator=openai)")
+    if config.pairing is Pairing.versions and "previous" not in config.versions:
+        raise UserError("pairing=versions: name the previous version, previous_adapter (or server.previous_model)")
+    if config.pairing is Pairing.versions and config.keep:
+        raise UserError("pairing=versions with keep: answers of earlier rounds are not the latest version's. Leave one")
+    if config.sampling.n == 1 and len(config.versions) == 1 and not config.keep:
+        raise UserError(
+            "sampling.n=1: one completion a question leaves nothing to choose from and nothing to pair with. Set "
+            "sampling.n=2 or more, previous_adapter or keep."
+        )
+
+
+def check_models(
+    config: RejectionSamplingConfig, rows: Sequence[CompletionSet], tokenizer: Any, artifact: Artifact
+) -> None:
+    """Raise `UserError` when the models will not fit or the reward model is none, before anything is loaded."""
+    from alignkit.models.headroom import require_memory
+    from alignkit.scoring.reward import require_reward_model
+
+    if config.generator is GeneratorKind.hf:
+        require_memory(job(config, rows, tokenizer), config.hardware, artifact)
+    if config.scorer is ScorerKind.reward:
+        require_reward_model(config.reward, config.uncertainty_penalty)
 
 
 def job(config: RejectionSamplingConfig, rows: Sequence[CompletionSet], tokenizer: Any) -> Job:
@@ -144,180 +215,181 @@ def job(config: RejectionSamplingConfig, rows: Sequence[CompletionSet], tokenize
         longest,
         sampling=config.sampling,
         adapter=config.adapter,
-        adapters_loaded=1 + (config.scorer is ScorerKind.reward),
+        adapters_loaded=len(config.versions) + (config.scorer is ScorerKind.reward),
     )
 
 
 def generate(
-    config: RejectionSamplingConfig,
-    adapter: str | None,
-    rows: Sequence[CompletionSet],
-    version: str,
-    artifact: Artifact,
-) -> tuple[list[CompletionSet], Any]:
-    """The rows with the completions of one version of the policy, and that policy; resumes from its journal."""
+    config: RejectionSamplingConfig, rows: Sequence[CompletionSet], artifact: Artifact
+) -> tuple[dict[str, list[CompletionSet]], Any]:
+    """The rows as "previous", "latest" and "greedy" answer them, and what the reward model's adapter can join.
+
+    A version's adapter joins the base of the one before it where that is possible.
+    """
+    written: dict[str, list[CompletionSet]] = {}
+    shared = None
+    for version in config.versions:
+        found, shared = answer(config, version, rows, artifact, shared)
+        written |= found
+    if not written["latest"]:
+        raise UserError("no completion at all was usable (see dropped.jsonl and log.txt)")
+    return written, shared if config.generator is GeneratorKind.hf else None
+
+
+def answer(
+    config: RejectionSamplingConfig, version: str, rows: Sequence[CompletionSet], artifact: Artifact, shared: Any
+) -> tuple[dict[str, list[CompletionSet]], Any]:
+    """The rows as one version answers them, and what another adapter can join; resumes from its journals."""
     from alignkit.core.journal import Journal
-    from alignkit.generation.hf import HFGenerator, merge_adapter
+    from alignkit.generation.base import greedily
+    from alignkit.generation.engines import open_engine
     from alignkit.generation.resumable import generate_all
-    from alignkit.models.loading import load_policy, load_tokenizer
 
-    policy = merge_adapter(load_policy(config.model, adapter))
-    generator = HFGenerator(policy, load_tokenizer(config.model), adapter or config.model.name)
-    with Journal(artifact.work_folder / f"{version}.jsonl", artifact.fingerprint) as journal:
-        written = generate_all(generator, rows, config.sampling, config.seed, journal)
-    return [row.model_copy(update={"completions": written[row.id]}) for row in rows], policy
+    name = config.versions[version]
+    teacher = config.server.as_teacher(name, config.teacher)
+    engine = open_engine(config.generator, config.model, name, teacher, shared)
+    at_once = len(rows) if config.generator is GeneratorKind.openai else None
+    drawn = {version: config.sampling}
+    if version == "latest" and config.greedy:
+        drawn["greedy"] = greedily(config.sampling)
+    written: dict[str, list[CompletionSet]] = {}
+    for label, sampling in drawn.items():
+        with Journal(artifact.work_folder / f"{label}.jsonl", artifact.fingerprint) as journal:
+            completions = generate_all(engine, rows, sampling, config.seed, journal, at_once)
+        for row in rows:
+            if missing := sampling.n - len(completions[row.id]):
+                artifact.drop(row, f"{label}: the server gave no usable answer", f"{missing} of {sampling.n}")
+        answered = [row for row in rows if completions[row.id]]
+        written[label] = [row.model_copy(update={"completions": completions[row.id]}) for row in answered]
+    return written, engine.shared
 
 
-def open_scorer(config: RejectionSamplingConfig, policy: Any) -> Scorer:
-    """The reward model, on the policy's base where that is possible, or the teacher."""
+def with_earlier(
+    config: RejectionSamplingConfig, rows: Sequence[CompletionSet], artifact: Artifact
+) -> list[CompletionSet]:
+    """The rows with what earlier rounds answered as further candidates."""
+    from alignkit.generation.earlier_rounds import join_earlier
+
+    joined, dropped = join_earlier(rows, config.keep)
+    for each in dropped:
+        artifact.drop(each.row, each.reason, each.detail)
+    return joined
+
+
+def score(
+    config: RejectionSamplingConfig, written: Mapping[str, list[CompletionSet]], policy: Any, artifact: Artifact
+) -> dict[str, list[CompletionSet]]:
+    """What was written, the finished completions scored; "latest" are the candidates of this round again."""
+    scorer: Scorer
     if config.scorer is ScorerKind.reward:
         from alignkit.scoring.reward import RewardScorer
 
-        return RewardScorer(config.reward, policy)
+        scorer = RewardScorer(config.reward, policy, config.uncertainty_penalty)
+    else:
+        scorer = open_judge(config)
+    found = {name: score_rows(scorer, name, written[name], artifact) for name in FILES if name in written}
+    drawn = {row.id: len(row.completions) for row in written["latest"]}
+    found["latest"] = [
+        row.model_copy(update={"completions": row.completions[: drawn[row.id]]})
+        for row in found["candidates"]
+        if row.id in drawn
+    ]
+    check_scores(config, found["candidates"], found["latest"], artifact)
+    return found
+
+
+def score_rows(
+    scorer: Scorer, name: str, rows: Sequence[CompletionSet], artifact: Artifact, noun: str = "score"
+) -> list[CompletionSet]:
+    """The rows, scored; resumes from a journal that belongs to their texts.
+
+    A teacher is asked for everything at once: its answers are in the response store, and a batch takes hours.
+    """
+    from alignkit.core.hashing import hash_text
+    from alignkit.core.journal import Journal
+    from alignkit.scoring.judge import JudgeScorer
+    from alignkit.scoring.resumable import score_completions
+
+    texts = [[row.id, *(completion.text for completion in row.completions)] for row in rows]
+    fingerprint = hash_text(json.dumps([artifact.fingerprint, texts]))
+    block = max(1, len(rows)) if isinstance(scorer, JudgeScorer) else ROWS_A_BLOCK
+    with Journal(artifact.work_folder / f"{name}.{noun}s.jsonl", fingerprint) as journal:
+        return score_completions(scorer, rows, journal, block, noun)
+
+
+def open_judge(config: RejectionSamplingConfig) -> JudgeScorer:
+    """The teacher as the scorer or grader."""
     from alignkit.scoring.judge import JudgeScorer
     from alignkit.teacher.client import open_teacher
 
     return JudgeScorer(open_teacher(config.teacher))
 
 
-def score(scorer: Scorer, rows: Sequence[CompletionSet]) -> list[CompletionSet]:
-    """The rows with their finished completions scored; unfinished ones and those without a score keep None."""
-    finished = [(row, completion) for row in rows for completion in row.completions if completion.finished]
-    scores = iter(scorer.score([[*row.prompt, Message(role="assistant", content=each.text)] for row, each in finished]))
-    missing = [reason for reason in scorer.reasons if reason]
-    if missing:
-        LOG.warning(
-            "%d of %d completions have no score, the first because: %s", len(missing), len(finished), missing[0]
-        )
-    return [
-        row.model_copy(
-            update={
-                "completions": [
-                    each.model_copy(update={"score": next(scores)}) if each.finished else each
-                    for each in row.completions
-                ]
-            }
-        )
-        for row in rows
-    ]
-
-
-def choose(config: RejectionSamplingConfig, rows: Sequence[CompletionSet], artifact: Artifact) -> list[ChatExample]:
-    """The best completion of each row as an example to learn from."""
-    from alignkit.scoring.best_of_n import best
-
-    examples = []
-    for row in rows:
-        chosen = best(row.completions)
-        if chosen is None or chosen.score is None:
-            artifact.drop(row, "no finished completion with a score")
-        elif config.min_score is not None and chosen.score < config.min_score:
-            artifact.drop(row, "best completion scores below min_score", f"{chosen.score:.3f} < {config.min_score}")
-        else:
-            fields = {"id": row.id, "parents": row.parents, "prompt": row.prompt, "completion": _turn(chosen)}
-            examples.append(
-                ChatExample.model_validate(fields | {"source": "rejection_sampling", "score": chosen.score})
-            )
-    if not examples:
-        raise UserError(
-            "no question has a best completion (see dropped.jsonl); look at sampling.max_new_tokens and min_score"
-        )
-    return examples
-
-
-def pair(
+def check_scores(
     config: RejectionSamplingConfig,
-    rows: Sequence[CompletionSet],
-    rejected_from: dict[str, list[Completion]],
+    candidates: Sequence[CompletionSet],
+    latest: Sequence[CompletionSet],
     artifact: Artifact,
-) -> list[PreferencePair]:
-    """For each row its best completion against the worst of `rejected_from`, where the margin is large enough."""
-    from alignkit.scoring.best_of_n import best, worst
+) -> None:
+    """Stop when no answer of this round has a score, or a reward model gives different answers all the same.
 
-    pairs = []
-    for row in rows:
-        chosen, rejected = best(row.completions), worst(rejected_from[row.id])
-        if chosen is None or chosen.score is None:
-            continue  # set aside by `choose`
-        if rejected is None or rejected.score is None:
-            artifact.drop(row, "no pair: the previous version has no finished completion with a score")
-            continue
-        margin = chosen.score - rejected.score
-        if margin <= 0 or margin < config.min_margin or chosen.text == rejected.text:
-            artifact.drop(row, "no pair: best and worst differ by less than min_margin", f"margin {margin:.3f}")
-            continue
-        fields = {"id": row.id, "parents": row.parents, "prompt": row.prompt, "margin": margin}
-        turns = {"chosen": _turn(chosen), "rejected": _turn(rejected), "source": "rejection_sampling"}
-        pairs.append(PreferencePair.model_validate(fields | turns))
-    by_margin = sorted(pairs, key=lambda pair: pair.margin or 0.0, reverse=True)
-    surplus = by_margin[config.max_pairs :] if config.max_pairs is not None else []
-    for each in surplus:
-        artifact.drop(each, "no pair: max_pairs others have a larger margin")
-    left_out = {each.id for each in surplus}
-    return [each for each in pairs if each.id not in left_out]
-
-
-def describe_scores(rows: Sequence[CompletionSet], config: RejectionSamplingConfig) -> dict[str, Any]:
-    """Metrics of the scores: what the best of 1, 2, 4, ... n is worth, and whether longer answers score higher.
-
-    `best_of_n.score` is by the scores themselves; `best_of_n.grade`, with grade=true, is what the teacher gives the
-    answers that those scores choose. The latter falls where the reward model is being exploited. It is taken over the
-    questions whose scored answers all have a grade; `ungraded_questions` counts the others.
+    A teacher may: it gives whole points, and a good policy's few answers all of them.
     """
-    from alignkit.evaluation.statistics import bootstrap_mean
-    from alignkit.scoring.best_of_n import correlation, expected_best, powers_of_two, scored
-
-    kept = [candidates for row in rows if (candidates := scored(row.completions))]
-    scores = [[each.score or 0.0 for each in candidates] for candidates in kept]
-    flat = [value for row in scores for value in row]
-    lengths = [len(each.text) for candidates in kept for each in candidates]
-    curves = {"score": [(row, row) for row in scores]}
-    ungraded: dict[str, int] = {}
-    if config.grade:
-        grades = _grades(rows, config)
-        graded = [(row, values) for row, values in zip(scores, grades, strict=True) if values is not None]
-        ungraded["ungraded_questions"] = len(scores) - len(graded)
-        curves |= {"grade": graded} if graded else {}
-    return ungraded | {
-        "mean_score": mean(flat),
-        "mean_best_score": mean(max(row) for row in scores),
-        "score_length_correlation": correlation(flat, lengths),
-        "best_of_n": {
-            name: {
-                str(k): bootstrap_mean([expected_best(row, k, values) for row, values in curve])
-                for k in powers_of_two(config.sampling.n)
-            }
-            for name, curve in curves.items()
-        },
-    }
-
-
-def _grades(rows: Sequence[CompletionSet], config: RejectionSamplingConfig) -> list[list[float] | None]:
-    """The teacher's grades of the scored completions of each row that has any; None where one of them has no grade."""
     from alignkit.scoring.best_of_n import scored
-    from alignkit.scoring.judge import JudgeScorer
-    from alignkit.teacher.client import open_teacher
 
-    kept = [(row, candidates) for row in rows if (candidates := scored(row.completions))]
-    conversations = [[*row.prompt, *_turn(each)] for row, candidates in kept for each in candidates]
-    scorer = JudgeScorer(open_teacher(config.teacher))
-    grades = scorer.score(conversations)
-    remaining = iter(grades)
-    by_row = [[next(remaining) for _ in candidates] for _, candidates in kept]
-    known = [[grade for grade in found if grade is not None] for found in by_row]
-    complete = [some if len(some) == len(found) else None for some, found in zip(known, by_row, strict=True)]
-    missing = [reason for reason in scorer.reasons if reason]
-    if missing:
-        LOG.warning(
-            "grade=true: %d of %d completions have no grade, the first because: %s; %d of %d questions are left out of "
-            "the grade curve",
-            *(len(missing), len(grades), missing[0], complete.count(None), len(complete)),
-        )
-    return complete
+    if not any(scored(row.completions) for row in latest):
+        raise UserError("no completion has both an end and a score: look at log.txt and at sampling.max_new_tokens")
+    found = [completion for row in candidates for completion in scored(row.completions)]
+    scores, texts = {each.score for each in found}, {each.text for each in found}
+    alike = len(scores) == 1 < len(texts)
+    if alike and config.scorer is ScorerKind.judge:
+        LOG.warning("the teacher gives all %d different answers %g: there is no best", len(texts), found[0].score)
+        return
+    detail = f"{len(scores)} different scores of {len(texts)} different texts"
+    if alike:
+        detail += "; a reward model that likes all alike chooses nothing. Train it longer, or take another"
+    artifact.check("scores tell answers apart", not alike, detail)
 
 
-def _turn(completion: Completion) -> list[Message]:
-    return [Message(role="assistant", content=completion.text)]
+def describe(
+    config: RejectionSamplingConfig, scored: Mapping[str, list[CompletionSet]], artifact: Artifact
+) -> dict[str, Any]:
+    """Metrics of the scores and, with grade=true, of the grades: see `evaluation.best_of_n`.
+
+    `best_of_n.score` is by the scores themselves; `best_of_n.grade` is what the teacher gives the answers that those
+    scores choose. The latter falls where the reward model is being exploited. It is taken over the questions whose
+    scored answers all have a grade; `ungraded_questions` counts the others.
+    """
+    from alignkit.evaluation.best_of_n import (
+        by_grade,
+        by_score,
+        describe_best_of_n,
+        describe_scores,
+        latest_over_previous,
+    )
+
+    latest, greedy = scored["latest"], scored.get("greedy", [])
+    found: dict[str, Any] = {}
+    if "previous" in scored:
+        found["latest_over_previous"] = latest_over_previous(latest, scored["previous"])
+    measures = {"score": by_score(latest, greedy)}
+    if config.grade:
+        graded = {name: grade(config, name, scored[name], artifact) for name in ("latest", "greedy") if name in scored}
+        measures["grade"], without = by_grade(latest, graded["latest"], graded.get("greedy", []))
+        found["ungraded_questions"] = without
+        if without:
+            LOG.warning("%d of %d questions are left out of the grade curve", without, len(measures["score"]))
+    return describe_scores(latest, config.sampling.n) | found | describe_best_of_n(measures, config.sampling.n)
+
+
+def grade(
+    config: RejectionSamplingConfig, name: str, rows: Sequence[CompletionSet], artifact: Artifact
+) -> list[CompletionSet]:
+    """The rows with their scored completions alone, and the teacher's grades in place of the scores."""
+    from alignkit.scoring.best_of_n import scored
+
+    only = [row.model_copy(update={"completions": scored(row.completions)}) for row in rows]
+    return score_rows(open_judge(config), name, only, artifact, "grade")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """sample: draw n completions for each question, each at a temperature and top_p of its own.
 
-generator=hf draws them from a policy; generator=openai asks the teacher, any model behind an OpenAI-compatible server,
-for the temperature only. Both are resumable: a killed run continues with the same command and ends with the same
-completions, and no answer of a teacher is paid for twice.
+generator=hf draws them from a policy, and so does generator=vllm where vLLM is installed; generator=openai asks the
+teacher, any model behind an OpenAI-compatible server, for the temperature only. All are resumable: a killed run
+continues with the same command and ends with the same completions, and no answer of a teacher is paid for twice.
 
 Reads:   data.path               questions (QA examples, Alpaca rows, HotpotQA; answers may be empty)
          adapter                 the policy's adapter; null samples from the base (not read with generator=openai)
@@ -28,26 +28,18 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import asdict, dataclass, field
-from enum import Enum
 from typing import ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
 from alignkit.core.config import ModelConfig, RowsConfig, SamplingConfig, TeacherStageConfig
 from alignkit.core.errors import UserError
 from alignkit.core.records import Completion, CompletionSet
+from alignkit.generation.engines import GeneratorKind
 
 REFERENCE = "reference"
 """Who wrote a completion that is the known answer."""
 
-
 LOG = logging.getLogger("alignkit")
-
-
-class GeneratorKind(Enum):
-    """Who answers: a policy on this machine, or the teacher."""
-
-    hf = "hf"
-    openai = "openai"
 
 
 @dataclass
@@ -58,7 +50,7 @@ class SampleConfig(TeacherStageConfig):
 
     data: RowsConfig = field(default_factory=RowsConfig)
     generator: GeneratorKind = GeneratorKind.hf
-    """Who answers: the policy (model and adapter), or the teacher."""
+    """Who answers: the policy (model and adapter; vllm: in vLLM), or the teacher."""
     adapter: Optional[str] = None  # noqa: UP045
     """The policy's adapter; none samples from the base."""
     include_reference: bool = False
@@ -105,18 +97,17 @@ def run(config: SampleConfig) -> Artifact:
 def sample_policy(config: SampleConfig, artifact: Artifact) -> list[CompletionSet]:
     """The questions with completions of the policy; chunks that the journal holds are not generated again."""
     from alignkit.core.journal import Journal
-    from alignkit.generation.hf import HFGenerator, merge_adapter
+    from alignkit.generation.engines import open_engine
     from alignkit.generation.questions import read_prompts
     from alignkit.generation.resumable import generate_all
-    from alignkit.models.loading import load_policy, load_tokenizer
+    from alignkit.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(config.model)
     rows, dropped = read_prompts(config.data, tokenizer, config.model, config.sampling)
     for each in dropped:
         artifact.drop(each.row, each.reason, each.detail)
 
-    policy = merge_adapter(load_policy(config.model, config.adapter))
-    generator = HFGenerator(policy, tokenizer, config.adapter or config.model.name)
+    generator = open_engine(config.generator, config.model, config.adapter, config.teacher)
     started = time.monotonic()
     with Journal(artifact.work_folder / "completions.jsonl", artifact.fingerprint) as journal:
         written = generate_all(generator, rows, config.sampling, config.seed, journal)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from alignkit.core.config import SamplingConfig
@@ -43,3 +44,8 @@ def check_sampling(sampling: SamplingConfig) -> None:
 def is_greedy(sampling: SamplingConfig) -> bool:
     """Whether every completion is the most likely one."""
     return max(sampling.temperature) == 0
+
+
+def greedily(sampling: SamplingConfig) -> SamplingConfig:
+    """The same, but for one completion a prompt, the most likely one."""
+    return replace(sampling, n=1, temperature=[0.0, 0.0], top_p=[1.0, 1.0])

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignkit.core.config import SamplingConfig
+from alignkit.core.config import ModelConfig, SamplingConfig
 from alignkit.core.records import Completion, Message
 from alignkit.data.chat import encode_prompt, end_of_turn_id
 from alignkit.generation.base import check_sampling
@@ -27,19 +27,30 @@ CANDIDATES = 64
 class HFGenerator:
     """Generates with a causal language model, with or without adapters, on whatever device it is.
 
-    A completion ends with the end-of-turn token of the tokenizer's chat template.
+    A completion ends with the end-of-turn token of the tokenizer's chat template. `adapter` names the one to generate
+    with, where the model has several.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, label: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any, label: str, adapter: str | None = None) -> None:
         self.model = model.eval()
+        self.adapter = adapter
         self.tokenizer = tokenizer
         self.label = label
         self.end_id = end_of_turn_id(tokenizer)
         self.tokens_written = 0
 
+    @property
+    def shared(self) -> Any:
+        """The model, where its base can take another adapter: while its own is not added into the weights."""
+        from peft import PeftModel
+
+        return self.model if isinstance(self.model, PeftModel) else None
+
     def generate(self, prompts: Sequence[list[Message]], sampling: SamplingConfig, seed: int) -> list[list[Completion]]:
         """`sampling.n` completions for each prompt; `sampling.batch_size` sequences, at least n, run at once."""
         check_sampling(sampling)
+        if self.adapter is not None:
+            self.model.set_adapter(self.adapter)
         draws = draw(len(prompts) * sampling.n, sampling, seed)
         encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         by_length = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
@@ -163,6 +174,23 @@ def pad_left(sequences: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tenso
     ids = torch.tensor([[pad_id] * (longest - len(sequence)) + sequence for sequence in sequences])
     mask = torch.tensor([[0] * (longest - len(sequence)) + [1] * len(sequence) for sequence in sequences])
     return ids, mask
+
+
+def load_generator(model: ModelConfig, adapter: str | None, shared: Any = None) -> HFGenerator:
+    """A generator with an adapter on the base, or with the base alone.
+
+    On `shared`, a policy with other adapters of the same model, the adapter joins the base, which is not loaded again.
+    """
+    from peft import PeftModel
+
+    from alignkit.models.loading import add_adapter, load_policy, load_tokenizer
+
+    tokenizer, label = load_tokenizer(model), adapter or model.name
+    if shared is not None and adapter is not None:
+        add_adapter(shared, adapter, model, adapter_name := f"adapter-{len(shared.peft_config) + 1}")
+        return HFGenerator(shared, tokenizer, label, adapter_name)
+    policy = merge_adapter(load_policy(model, adapter))
+    return HFGenerator(policy, tokenizer, label, "default" if isinstance(policy, PeftModel) else None)
 
 
 def merge_adapter(policy: Any) -> Any:

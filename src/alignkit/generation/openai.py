@@ -25,6 +25,10 @@ class OpenAIGenerator:
         self.teacher = teacher
         self.label = label
         self.failures: list[tuple[int, Answer]] = []
+        self.tokens_written = 0
+        """Of this process: none, what the server wrote is in the teacher's usage."""
+        self.shared = None
+        """Nothing of a server's is in this process."""
 
     def generate(self, prompts: Sequence[list[Message]], sampling: SamplingConfig, seed: int) -> list[list[Completion]]:
         """Up to `sampling.n` completions for each prompt; another seed asks anew, a larger `n` for the rest."""

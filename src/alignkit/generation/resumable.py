@@ -27,14 +27,19 @@ class Prompted(Protocol):
 
 
 def generate_all(
-    generator: Generator, rows: Sequence[Prompted], sampling: SamplingConfig, seed: int, journal: Journal
+    generator: Generator,
+    rows: Sequence[Prompted],
+    sampling: SamplingConfig,
+    seed: int,
+    journal: Journal,
+    rows_a_chunk: int | None = None,
 ) -> dict[str, list[Completion]]:
     """Completions by row id for all `rows`; chunks that the journal already holds are not generated again.
 
     Chunk k always holds the same rows and is seeded by (`seed`, k), so an interrupted run that is resumed ends with the
-    same completions as one that was not. Row ids must be unique.
+    same completions as one that was not. Row ids must be unique. `rows_a_chunk` is by default what fills a few batches.
     """
-    size = chunk_size(sampling)
+    size = rows_a_chunk or chunk_size(sampling)
     chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
     done = sum(all(row.id in journal.done for row in chunk) for chunk in chunks)
     if done:

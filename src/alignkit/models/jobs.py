@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from alignkit.core.config import LoraConfig, ModelConfig, Quantization, SamplingConfig, Strategy, TrainConfig
@@ -38,7 +38,7 @@ class Job:
     strategy: Strategy = Strategy.none
     """What they divide besides."""
     adapters_loaded: int = 3
-    """While sampling: the policy's, the previous version's, the reward model's."""
+    """While sampling: the policy's, the previous version's, the reward model's. One alone scores nothing."""
 
     @property
     def base(self) -> Base:
@@ -68,6 +68,11 @@ class Job:
         end_to_end = self.train.packing or self.train.padding_free
         return self.stage == SFT and self.processes == 1 and not end_to_end
 
+    @property
+    def times_policy_alone(self) -> float:
+        """While sampling: the peak with all its adapters on one base and scoring, against that of the policy alone."""
+        return self.memory().peak / replace(self, adapters_loaded=1).memory().peak
+
     def memory(self) -> Memory:
         """The estimate. Raises `UserError` for a model whose shape is not known."""
         if self.stage == SAMPLING:
@@ -79,7 +84,7 @@ class Job:
                 sequences=self.sequences,
                 length=self.longest,
                 prompt_tokens=prompts * max(1, self.longest - self.sampling.max_new_tokens),
-                score_tokens=max(GPU_BATCH_TOKENS, self.longest),
+                score_tokens=max(GPU_BATCH_TOKENS, self.longest) if self.adapters_loaded > 1 else 0,
             )
         return training_memory(
             self.base,

@@ -197,6 +197,19 @@ def load_policy(model: ModelConfig, adapter: str | None, *, trainable: bool = Fa
     return policy
 
 
+def add_adapter(policy: PeftModel, adapter: str, model: ModelConfig, name: str) -> None:
+    """Load one more adapter onto the base of a policy, under a name; the one that is active stays so.
+
+    Raises `UserError` as `load_policy` does.
+    """
+    check_adapter(adapter, model)
+    _refuse_changed_base(Path(adapter), model, policy.get_base_model())
+    try:
+        policy.load_adapter(adapter, adapter_name=name)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"adapter {adapter} does not fit {model.path} ({first_line(error)})") from error
+
+
 def check_adapter(adapter: str, model: ModelConfig) -> None:
     """Raise `UserError` when there is no adapter, or one that names another base, before anything big is loaded."""
     folder = Path(adapter)
@@ -325,7 +338,7 @@ def _refuse_damaged(folder: Path) -> None:
         ) from error
 
 
-def _refuse_changed_base(folder: Path, model: ModelConfig, base: PreTrainedModel) -> None:
+def _refuse_changed_base(folder: Path, model: ModelConfig, base: torch.nn.Module) -> None:
     """Raise `UserError` when the base has the right name but other weights than the adapter was trained on."""
     if not (folder / BASE_RECORD).exists():
         return  # not written by alignkit: the name is all there is

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from alignkit.evaluation.statistics import Estimate
-from alignkit.reporting.figures import Curve, Interval, Rung, curves, intervals, ladder
+from alignkit.reporting.figures import Curve, Interval, Rung, best_of_n, curves, intervals, ladder
 from alignkit.reporting.held_out import HeldOut
 from alignkit.reporting.runs import Run, Step
 
@@ -96,9 +96,7 @@ def best_of_n_figures(runs: Sequence[Run]) -> list[tuple[str, str]]:
                     colour = "upper" if by_teacher or measure == "grade" else "reward"
                     lines.append(_best_of_n(f"seed {run.seed}", colour, curve, dashed=place > 0))
             said = "grade" if by_teacher or measure == "grade" else "reward model's score"
-            figure = curves(
-                f"best-{len(figures)}", f"{step.name}: {said} of the best of n", lines, x_label="n", doubling=True
-            )
+            figure = best_of_n(f"best-{len(figures)}", f"{step.name}: {said} of the best of n", lines)
             figures.append((f"{step.name}: {said}", figure))
     return figures
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from alignkit.evaluation.statistics import Estimate
 from alignkit.reporting.svg import COLOURS, figure_style, new_figure, to_svg
+from alignkit.scoring.best_of_n import kl_bound
 
 WIDE, NARROW = 460, 330
 """Figure widths in CSS pixels; both stay readable on a phone."""
@@ -118,8 +119,17 @@ def intervals(
         return to_svg(figure, name, title, "; ".join(f"{line.title}: {line.text(signed)}" for line in lines))
 
 
-def curves(name: str, title: str, lines: Sequence[Curve], *, x_label: str, doubling: bool = False) -> str:
-    """Lines over a common x axis, named in a legend where there are several; `doubling`: x is 1, 2, 4, ... n."""
+def best_of_n(name: str, title: str, lines: Sequence[Curve]) -> str:
+    """What the best of n is worth by what choosing among n costs: the bound of its KL divergence from the policy."""
+    costs = [replace(line, x=[kl_bound(int(n)) for n in line.x]) for line in lines]
+    ticks = {kl_bound(int(n)): f"{n:g}\n{kl_bound(int(n)):.1f}" for n in lines[0].x}
+    return curves(name, title, costs, x_label="n, and the most that choosing costs (KL, nats)", ticks=ticks)
+
+
+def curves(
+    name: str, title: str, lines: Sequence[Curve], *, x_label: str, ticks: Mapping[float, str] | None = None
+) -> str:
+    """Lines over a common x axis, named in a legend where there are several; `ticks` are its places and labels."""
     with figure_style(name):
         figure, axes = new_figure(NARROW, 220)
         for line in lines:
@@ -133,9 +143,8 @@ def curves(name: str, title: str, lines: Sequence[Curve], *, x_label: str, doubl
         axes.set_xlabel(x_label)
         axes.yaxis.set_major_formatter(_plain)
         axes.margins(x=0.03)
-        if doubling:
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(lines[0].x, [f"{x:g}" for x in lines[0].x])
+        if ticks:
+            axes.set_xticks(list(ticks), list(ticks.values()))
         if len(lines) > 1:
             axes.legend(labelcolor=COLOURS["muted"], handlelength=1.6)
         ends = [f"{line.title}: from {line.y[0]:.3g} to {line.y[-1]:.3g}" for line in lines if line.y]

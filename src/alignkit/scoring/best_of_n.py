@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from math import comb
+from math import comb, fsum, log
 
 from alignkit.core.records import Completion
 
@@ -14,14 +14,25 @@ def scored(completions: Sequence[Completion]) -> list[Completion]:
     return [completion for completion in completions if completion.finished and completion.score is not None]
 
 
-def best(completions: Sequence[Completion]) -> Completion | None:
-    """The finished completion with the highest score, the first of equals; None when there is none."""
-    return max(scored(completions), key=_score, default=None)
+def ranked(completions: Sequence[Completion]) -> list[Completion]:
+    """The different texts among the completions that have a score, the best first, equals in their order.
+
+    A text that was written several times stands here once, with the mean of its scores.
+    """
+    by_text: dict[str, list[Completion]] = {}
+    for completion in scored(completions):
+        by_text.setdefault(completion.text, []).append(completion)
+    merged = [same[0].model_copy(update={"score": _mean_score(same)}) for same in by_text.values()]
+    return sorted(merged, key=_score, reverse=True)
 
 
-def worst(completions: Sequence[Completion]) -> Completion | None:
-    """The finished completion with the lowest score, the first of equals; None when there is none."""
-    return min(scored(completions), key=_score, default=None)
+def kl_bound(n: int) -> float:
+    """How far choosing the best of `n` moves a policy: KL(best of n || policy) <= log n - (n - 1) / n, in nats.
+
+    Given as its value by Stiennon et al., 2020 (arXiv 2009.01325, appendix G.3); it is an upper bound, close
+    where no answer is likely to be drawn twice (Beirami et al., 2024, arXiv 2401.01879).
+    """
+    return log(n) - (n - 1) / n
 
 
 def expected_best(scores: Sequence[float], k: int, values: Sequence[float] | None = None) -> float:
@@ -65,3 +76,9 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
 def _score(completion: Completion) -> float:
     assert completion.score is not None
     return completion.score
+
+
+def _mean_score(completions: Sequence[Completion]) -> float:
+    """The mean; of equal scores exactly that score."""
+    scores = [_score(completion) for completion in completions]
+    return scores[0] if min(scores) == max(scores) else fsum(scores) / len(scores)
