@@ -109,10 +109,9 @@ def test_a_loss_is_what_its_equation_says(trainers: tuple[Any, Any, Any], config
     changed = moved(load_policy(config.model, config.init_adapter))
     terms = []
     for (question, chosen, rejected), pair in zip(PAIRS, encoded_pairs(), strict=True):
-        ratios = [
-            log_prob(changed, question, text) - log_prob(reference, question, text) for text in (chosen, rejected)
-        ]
-        terms.append(BY_HAND[loss](*ratios, len(pair.chosen_ids), len(pair.rejected_ids)))
+        answers = (chosen, rejected)
+        better, worse = (log_prob(changed, question, text) - log_prob(reference, question, text) for text in answers)
+        terms.append(BY_HAND[loss](better, worse, len(pair.chosen_ids), len(pair.rejected_ids)))
     assert found == pytest.approx(math.fsum(terms) / len(terms), rel=1e-5)
 
 
