@@ -38,7 +38,8 @@ from alignkit.core.records import PreferencePair
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from alignkit.training.preference import EncodedPair
+    from alignkit.training.preference import EncodedPair, Trained, Watch
+    from alignkit.training.preference_losses import Objective
 
 
 @dataclass
@@ -46,7 +47,7 @@ class DPOConfig(StageConfig):
     """Which pairs, from which policy, against which reference, and how."""
 
     inputs: ClassVar[tuple[str, ...]] = ("data.path", "init_adapter", "reference", "model.path")
-    incidental: ClassVar[tuple[str, ...]] = (*StageConfig.incidental, "reference_store")
+    incidental: ClassVar[tuple[str, ...]] = (*StageConfig.incidental, "reference_store", "max_chosen_fall")
 
     data: RowsConfig = field(default_factory=RowsConfig)
     init_adapter: str = MISSING
@@ -63,6 +64,10 @@ class DPOConfig(StageConfig):
     """Weight of an additional likelihood loss on chosen answers."""
     held_out_share: float = 0.0
     """Hold out the pairs of this share of the prompts, and measure after training how many are ranked right."""
+    kl_samples: int = 0
+    """Sample so many answers before and after training, and estimate the policy's divergence from the reference."""
+    max_chosen_fall: Optional[float] = 2.0  # noqa: UP045
+    """Stop when chosen answers are this many nats a token less likely than under the reference; null: never."""
     reference_store: Optional[str] = None  # noqa: UP045
     """Where the reference's log-probabilities are kept, so that they are computed once; null: anew at every step."""
     resume: bool = False
@@ -75,9 +80,7 @@ class DPOConfig(StageConfig):
 
 def run(config: DPOConfig) -> Artifact:
     """Read and encode the pairs; check the reference; train the adapter on them; save it."""
-    from alignkit.training.preference_losses import Objective
-
-    objective = Objective(config.reference, config.beta, config.sft_weight, config.loss, config.label_smoothing)
+    objective = _objective(config)
     artifact = Artifact.open("dpo", config)
 
     from alignkit.training.checkpoints import require_checkpoint
@@ -116,7 +119,7 @@ def run(config: DPOConfig) -> Artifact:
             config.seed,
             artifact,
             store=Path(config.reference_store) if config.reference_store else None,
-            held_out=[each.pair for each in held_out],
+            watch=_watch(config, pairs, held_out),
         )
         if not artifact.writes:
             return artifact
@@ -127,9 +130,24 @@ def run(config: DPOConfig) -> Artifact:
         artifact.metrics.update(pairs=len(pairs))
         if held_out:
             artifact.metrics["held_out"] = _ranked_right(trained.held_out_margins, [each.prompt for each in held_out])
+        if config.kl_samples:
+            artifact.metrics["sampled"] = _divergence(trained)
         accuracy = artifact.metrics["reward_accuracy"]
         artifact.summary = f"{len(pairs)} pairs, {accuracy:.0%} ranked right after training"
     return artifact
+
+
+def _objective(config: DPOConfig) -> Objective:
+    """What is optimised. Raises `UserError` for settings that mean nothing, before anything big is loaded."""
+    from alignkit.training.preference_losses import Objective
+
+    if not 0 <= config.held_out_share < 1:
+        raise UserError(f"held_out_share={config.held_out_share}: must be at least 0 and below 1")
+    if config.kl_samples < 0:
+        raise UserError(f"kl_samples={config.kl_samples}: must be 0 or more")
+    if config.max_chosen_fall is not None and config.max_chosen_fall <= 0:
+        raise UserError(f"max_chosen_fall={config.max_chosen_fall}: must be above 0, or null to never stop")
+    return Objective(config.reference, config.beta, config.sft_weight, config.loss, config.label_smoothing)
 
 
 class _HeldOut(NamedTuple):
@@ -137,6 +155,28 @@ class _HeldOut(NamedTuple):
 
     pair: EncodedPair
     prompt: str
+
+
+def _watch(config: DPOConfig, pairs: Sequence[EncodedPair], held_out: Sequence[_HeldOut]) -> Watch:
+    """What is measured besides; answers are sampled to the first prompts, held-out ones before those trained on."""
+    from alignkit.training.preference import Watch
+
+    held_out_pairs = [each.pair for each in held_out]
+    prompts = dict.fromkeys(tuple(pair.prompt_ids) for pair in [*held_out_pairs, *pairs])
+    sampled = list(map(list, prompts))[: config.kl_samples]
+    return Watch(held_out_pairs, config.max_chosen_fall, sampled)
+
+
+def _divergence(trained: Trained) -> dict[str, Any]:
+    """KL(policy || reference) in nats an answer, and how long sampled answers were before and are now, in tokens."""
+    from alignkit.evaluation.statistics import bootstrap_mean
+
+    before, after = trained.sampled_tokens
+    return {
+        "kl_to_reference": bootstrap_mean(trained.sampled_log_ratios),
+        "tokens_before": bootstrap_mean(before),
+        "tokens_after": bootstrap_mean(after),
+    }
 
 
 def _ranked_right(margins: Sequence[float], prompts: Sequence[str]) -> dict[str, Any]:

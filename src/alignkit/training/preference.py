@@ -6,7 +6,7 @@ import logging
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,10 @@ from alignkit.training.checkpoints import checkpoint_folder
 from alignkit.training.fit import fit, trainable_in_float32
 from alignkit.training.log_probs import Answer, answer_log_probs
 from alignkit.training.preference_losses import Objective
-from alignkit.training.preference_metrics import drift, preference_metrics
+from alignkit.training.preference_metrics import ChosenFall, drift, preference_metrics
 from alignkit.training.reference import check_reference, check_stored_reference, drop_reference, set_reference
 from alignkit.training.reference_store import reference_log_probs
+from alignkit.training.sampled_kl import log_ratios, sampled_answers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -59,13 +60,29 @@ class EncodedPair:
 
 
 @dataclass
+class Watch:
+    """What is looked at besides the training itself."""
+
+    held_out: Sequence[EncodedPair] = ()
+    """Pairs that are ranked after training."""
+    max_chosen_fall: float | None = None
+    """See `ChosenFall`; None: never stop."""
+    sampled_prompts: Sequence[list[int]] = ()
+    """Prompts that the policy answers before and after training."""
+
+
+@dataclass
 class Trained:
     """What comes out of a preference training besides the weights."""
 
     losses: list[dict[str, float]]
     """The rows of loss.jsonl."""
-    held_out_margins: list[float] = field(default_factory=list)
+    held_out_margins: list[float]
     """Of each held-out pair, after training: see `margins`. Above 0: it is ranked right."""
+    sampled_log_ratios: list[float]
+    """Of each answer that the trained policy samples: see `log_ratios`."""
+    sampled_tokens: tuple[list[int], list[int]]
+    """Lengths of the answers sampled before and after training."""
 
 
 def train_preference(
@@ -78,30 +95,44 @@ def train_preference(
     artifact: Artifact,
     *,
     store: Path | None = None,
-    held_out: Sequence[EncodedPair] = (),
+    watch: Watch | None = None,
 ) -> Trained:
     """Train the policy's "default" adapter in place on pairs.
 
     With a `store` the reference's log-probabilities come from there, those that it lacks are computed once and added,
     and training runs without a reference model; without one they are computed anew at every step.
     """
+    watch = watch or Watch()
     trainer = build_trainer(policy, tokenizer, pairs, objective, train, seed, artifact)
+    if watch.max_chosen_fall is not None:
+        trainer.add_callback(ChosenFall(watch.max_chosen_fall, artifact.check))
     set_reference(policy, objective.reference)
     watched = range(min(WATCHED_PAIRS, len(pairs)))
     before = check_reference(trainer, policy, objective.reference, trainer.rows(watched), artifact)
-    reference = answers_of(held_out)
-    held_out_reference, _ = reference_log_probs(trainer, reference, store)
+    sampled_before = sampled_answers(trainer, tokenizer, watch.sampled_prompts, seed)
+
+    rows = sorted({*watched, *_rows_read(trainer, train)}) if store else []
+    held_out, read = answers_of(watch.held_out), answers_of([pairs[row] for row in rows])
+    reference, counts = reference_log_probs(trainer, [*held_out, *read], store)
     if store is not None:
-        _use_store(trainer, policy, pairs, {*watched, *_rows_read(trainer, train)}, store, artifact)
-        drop_reference(policy)
+        _use_store(trainer, rows, reference[len(held_out) :], counts, artifact)
+        if not watch.sampled_prompts:
+            drop_reference(policy)
         check_stored_reference(trainer, policy, objective.reference, trainer.rows(watched), artifact)
     if objective.reference != "sft_adapter":
         before = preference_metrics(trainer, trainer.rows(watched))
+
     row_tokens = [2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs]
     losses = fit(trainer, artifact, train, "dpo", row_tokens)
     artifact.metrics.update(drift(before, preference_metrics(trainer, trainer.rows(watched))))
-    log_probs = answer_log_probs(trainer, reference, "held-out pairs")
-    return Trained(losses, margins(log_probs, held_out_reference, objective.beta))
+    log_probs = answer_log_probs(trainer, held_out, "held-out pairs")
+    sampled = sampled_answers(trainer, tokenizer, watch.sampled_prompts, seed)
+    return Trained(
+        losses,
+        margins(log_probs, reference[: len(held_out)], objective.beta),
+        log_ratios(trainer, sampled),
+        (lengths(sampled_before), lengths(sampled)),
+    )
 
 
 def build_trainer(
@@ -160,6 +191,11 @@ def margins(policy: Sequence[float], reference: Sequence[float], beta: float) ->
     return [beta * (chosen - rejected) for chosen, rejected in zip(ratios[:half], ratios[half:], strict=True)]
 
 
+def lengths(answers: Sequence[Answer]) -> list[int]:
+    """Tokens of each answer, its end included."""
+    return [len(answer.answer_ids) for answer in answers]
+
+
 def _rows_read(trainer: _Trainer, train: TrainConfig) -> set[int]:
     """The pairs that come up in this run's steps."""
     steps = planned_steps(trainer.sampler, optimizer_steps(len(trainer.sampler), train))
@@ -167,15 +203,14 @@ def _rows_read(trainer: _Trainer, train: TrainConfig) -> set[int]:
 
 
 def _use_store(
-    trainer: _Trainer, policy: PeftModel, pairs: Sequence[EncodedPair], rows: set[int], store: Path, artifact: Artifact
+    trainer: _Trainer, rows: Sequence[int], reference: Sequence[float], counts: dict[str, int], artifact: Artifact
 ) -> None:
-    """Give the trainer the reference's log-probabilities of the pairs that it will read; the others have none."""
-    read = sorted(rows)
-    values, counts = reference_log_probs(trainer, answers_of([pairs[row] for row in read]), store)
-    LOG.info("dpo: reference log-probs: %d from %s, %d computed", counts["stored"], store, counts["computed"])
+    """Give the trainer the reference's log-probabilities of the rows that it will read, as `answers_of` orders them."""
+    LOG.info("dpo: reference log-probs: %d were stored, %d computed", counts["stored"], counts["computed"])
     artifact.metrics["reference_log_probs"] = counts
-    artifact.check("reference_log_probs", all(map(math.isfinite, values)), f"{len(values)} numbers")
-    trainer.use_reference(dict(zip(read, zip(values[: len(read)], values[len(read) :], strict=True), strict=True)))
+    artifact.check("reference_log_probs", all(map(math.isfinite, reference)), f"{len(reference)} numbers")
+    sides = zip(reference[: len(rows)], reference[len(rows) :], strict=True)
+    trainer.use_reference(dict(zip(rows, sides, strict=True)))
 
 
 class _Trainer(StepTrainer, DPOTrainer):
@@ -195,6 +230,16 @@ class _Trainer(StepTrainer, DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset  # they are in it
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """TRL's loss and all that it notes, and besides the answers' lengths and their log-ratios a token."""
+        loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[no-untyped-call]
+        noted = self._metrics["train" if model.training else "eval"]
+        for side, mask in zip(("chosen", "rejected"), inputs["completion_mask"].chunk(2), strict=True):
+            tokens = self.accelerator.gather(mask.sum(dim=1)).double().mean().item()
+            noted[f"tokens/{side}"].append(tokens)
+            noted[f"log_ratios/{side}"].append(noted[f"rewards/{side}"][-1] / self.beta / tokens)
+        return loss
 
     def use_reference(self, log_probs: dict[int, tuple[float, float]]) -> None:
         """Train with these reference log-probabilities, row -> of chosen and of rejected, and no reference model."""

@@ -6,12 +6,18 @@ import logging
 from typing import Any
 
 from datasets import Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import DPOTrainer
+
+from alignkit.training.callbacks import Check, stop
 
 LOG = logging.getLogger("alignkit")
 
 NOTABLE_DRIFT = 1.0
 """Fall of the log-probability of chosen answers, in nats per answer, from which on the log warns."""
+
+LINES = 3
+"""Log lines over which the fall of chosen answers is averaged before it stops a training."""
 
 
 def preference_metrics(trainer: DPOTrainer, pairs: Dataset) -> dict[str, float]:
@@ -27,6 +33,7 @@ def preference_metrics(trainer: DPOTrainer, pairs: Dataset) -> dict[str, float]:
         "loss": found["eval_loss"],
         "chosen_reward": found["eval_rewards/chosen"],
         "rejected_reward": found["eval_rewards/rejected"],
+        "reward_margin": found["eval_rewards/margins"],
         "reward_accuracy": found["eval_rewards/accuracies"],
         "chosen_log_prob": found["eval_logps/chosen"],
         "rejected_log_prob": found["eval_logps/rejected"],
@@ -46,7 +53,28 @@ def drift(before: dict[str, float], after: dict[str, float]) -> dict[str, Any]:
     return {
         "chosen_log_prob_change": change["chosen"],
         "rejected_log_prob_change": change["rejected"],
+        "reward_margin": after["reward_margin"],
         "reward_accuracy": after["reward_accuracy"],
         "preference_loss_before": before["loss"],
         "preference_loss_after": after["loss"],
     }
+
+
+class ChosenFall(TrainerCallback):
+    """Stop a training that makes chosen answers unlikely, too: what the policy says instead is neither.
+
+    `most` is by how many nats a token, over the last log lines, chosen answers may fall below the reference.
+    """
+
+    def __init__(self, most: float, check: Check) -> None:
+        self._most = most
+        self._check = check
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Look at the last lines. Raises `UserError` when they lie too low."""
+        ratios = [entry["log_ratios/chosen"] for entry in state.log_history if "log_ratios/chosen" in entry][-LINES:]
+        if len(ratios) < LINES or (fall := -sum(ratios) / LINES) <= self._most:
+            return
+        said = f"chosen answers are {fall:.2f} nats a token less likely than under the reference at step"
+        remedy = "raise beta, lower train.learning_rate, or hold them up with sft_weight=0.1"
+        stop("chosen_answers_stay_likely", f"{said} {state.global_step}", remedy, args, self._check)
