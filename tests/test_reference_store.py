@@ -131,6 +131,23 @@ def test_the_next_run_computes_nothing(config: DPOConfig, tmp_path: Path) -> Non
     assert counts(run(by_path)) == {"stored": 2 * len(PAIRS), "computed": 0}
 
 
+def test_the_jobs_of_a_sweep_share_the_store_and_are_compared(
+    config: DPOConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = [f"model.path={config.model.path}", "model.name=random", "model.dtype=float32", "model.max_length=256"]
+    data = [f"data.path={config.data.path}", f"init_adapter={config.init_adapter}", "held_out_share=0.5"]
+    assert run_command("dpo", ["-m", "run=swept", *model, *data, "train.max_steps=1", "beta=0.1,0.5"]) == 0
+    home = tmp_path / "runs/swept/dpo-sweep"
+    manifests = [json.loads((home / f"jobs/beta-{beta}/manifest.json").read_text()) for beta in ("0.1", "0.5")]
+    assert [manifest["metrics"]["reference_log_probs"]["computed"] for manifest in manifests] == [8, 0]
+    header = (home / "comparison.md").read_text().splitlines()[0]
+    for column in ("reward_margin", "chosen_log_prob_change", "held_out.accuracy", "reference_log_probs.computed"):
+        assert f" {column} " in header
+    assert (home / "comparison.svg").exists()
+    assert (tmp_path / "runs/swept/reference.sqlite").exists()
+
+
 def test_only_what_is_new_is_computed_and_only_what_is_read(config: DPOConfig, tmp_path: Path) -> None:
     """Five answers more: one chosen again in another pair is known; equal ones are computed once."""
     run(config)

@@ -2,22 +2,29 @@
 
 The reference is named, not implied: `sft_adapter` is a frozen copy of init_adapter, `base` the model without an
 adapter, anything else the folder of an adapter. Before the first step it is checked that a policy equal to the
-reference has loss ln 2 and rewards 0. An interrupted run continues with the same command from its last checkpoint.
+reference has loss ln 2 and rewards 0. What the reference says of a pair is computed once and kept (reference_store). An
+interrupted run continues with the same command from its last checkpoint. docs/dpo.md says what to choose, and what the
+log lines mean.
 
 Reads:   data.path: preference pairs (prompt, chosen, rejected; or hh-rlhf)
          init_adapter: the adapter that is trained further
 Writes:  adapter/, loss.jsonl, dropped.jsonl with the reason for each pair that was not used
+         reference_store: log-probabilities, shared by the runs and sweeps of runs/<run>
 
 Overrides people use:
   data.path=pairs.jsonl                    other pairs
   init_adapter=runs/demo/sft/adapter       where the policy starts
   reference=base                           what it is compared with
   beta=0.2 train.learning_rate=5e-6        how far and how fast it may move
+  loss=ipo                                 another loss of TRL's: robust, hinge, apo_zero, nca_pair, ...
   sft_weight=0.1                           also keep chosen answers likely
+  held_out_share=0.1                       measure on pairs that are not trained on
+  kl_samples=100                           estimate how far the policy has moved, from its own answers
 
 Examples:
   python -m alignkit.dpo +model=tiny run=demo
   python -m alignkit.dpo +model=qwen7b hardware=rtx4090_24gb init_adapter=runs/default/sft/adapter
+  python -m alignkit.dpo -m +model=tiny run=demo held_out_share=0.1 beta=0.05,0.1,0.3
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ def render_page(runs: Sequence[Run], held_out: HeldOut | None) -> str:
             if held_out
             else {},
             losses=[(title, Markup(svg)) for title, svg in charts.loss_figures(runs, held_out)],
+            preferences=[(title, Markup(svg)) for title, svg in charts.preference_figures(runs)],
             best_of_n=[(title, Markup(svg)) for title, svg in charts.best_of_n_figures(runs)],
             reward_accuracy=[(title, Markup(svg)) for title, svg in charts.reward_figures(runs)],
             selections=_selections(run),
