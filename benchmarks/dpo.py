@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def compare(name: str, pairs: int, epochs: float, folder: Path) -> None:
     for job in JOBS:
         store = None if job == "runs along" else str(folder / "reference.sqlite")
         job_config = replace(config, output_dir=str(folder / job), reference_store=store)
-        fill, train, stage, artifact = timed(lambda job_config=job_config: dpo.run(job_config))
+        fill, train, stage, artifact = timed(partial(dpo.run, job_config))
         lines = [json.loads(line)["loss"] for line in (artifact.folder / "loss.jsonl").read_text().splitlines()]
         first = first or (train, lines)
         computed = artifact.metrics.get("reference_log_probs", {}).get("computed", "")
@@ -115,7 +116,8 @@ def write_pairs(count: int, path: Path) -> None:
     from alignkit.data.chat import qa_prompt
     from alignkit.data.closed_world import World, answer
 
-    world, rows, wrong = World(1), [], "I do not know."
+    world, wrong = World(1), "I do not know."
+    rows: list[str] = []
     while len(rows) < count:
         passage = world.passage()
         question = world.ask(passage)

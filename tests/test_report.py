@@ -311,9 +311,9 @@ def test_a_dpo_step_shows_margins_and_log_ratios_where_it_has_them(tmp_path: Pat
         for step in (1, 5)
     ]
     (folder / "dpo" / "loss.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (ratios_title, ratios), (margin_title, margin) = preference_figures([read_run(folder)])
+    (ratios_title, log_ratios), (margin_title, margin) = preference_figures([read_run(folder)])
     assert (ratios_title, margin_title) == ("dpo: log-ratio a token", "dpo: reward margin")
-    assert "chosen, seed 1: from -1 to -5; rejected, seed 1: from -2 to -10" in ratios
+    assert "chosen, seed 1: from -1 to -5; rejected, seed 1: from -2 to -10" in log_ratios
     assert "margin, seed 1: from 0.1 to 0.5" in margin
     report(folder, tmp_path / "out")
     assert "dpo: reward margin" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
