@@ -39,29 +39,29 @@ def factors(house: House) -> list[float]:
 
 @pytest.mark.parametrize(("maximize", "best"), [("true", -1), ("false", 0)])
 def test_the_best_trial_is_the_one_that_measures_best(tuned: House, maximize: str, best: int) -> None:
-    result = tuned.run("trials=4", f"maximize={maximize}", 'overrides=["seed=5"]', stage="tune")
+    result = tuned.run("trials=3", f"maximize={maximize}", 'overrides=["seed=5"]', stage="tune")
     assert result.code == 0, result.err
     found = factors(tuned)
-    assert len(found) == 4
+    assert len(found) == 3
     assert all(1 <= factor <= 3 for factor in found)
     command = (tuned.folder / HOME / "best.txt").read_text()
     assert command == f"alignkit toy run=default seed=5 factor={found[best]:.4g}\n"
     metrics = tuned.manifest(str(HOME))["metrics"]
-    assert (metrics["trials"], metrics["failed"]) == (4, 0)
+    assert (metrics["trials"], metrics["failed"]) == (3, 0)
     assert metrics["best"] == pytest.approx(11 * found[best], rel=1e-6)
-    assert (tuned.folder / HOME / "comparison" / "comparison.md").read_text().count("complete") == 4
+    assert (tuned.folder / HOME / "comparison" / "comparison.md").read_text().count("complete") == 3
 
 
 def test_more_trials_continue_the_same_search(tuned: House) -> None:
-    tuned.run("trials=3", stage="tune")
+    tuned.run("trials=2", stage="tune")
     before = factors(tuned)
-    result = tuned.run("trials=5", stage="tune")
-    assert result.out.count("toy is up to date") == 3
+    result = tuned.run("trials=3", stage="tune")
+    assert result.out.count("toy is up to date") == 2
     assert set(before) < set(factors(tuned))
-    assert len(factors(tuned)) == 5
-    assert tuned.run("trials=3", "seed=2", "name=other", stage="tune").code == 0
+    assert len(factors(tuned)) == 3
+    assert tuned.run("trials=2", "seed=2", "name=other", stage="tune").code == 0
     other = {path.name for path in (tuned.folder / "runs/default/other/jobs").iterdir()}
-    assert len(other) == 3
+    assert len(other) == 2
     assert not other & {f"factor-{factor:.4g}" for factor in before}
 
 
