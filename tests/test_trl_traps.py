@@ -169,7 +169,7 @@ def test_the_reference_adapter_is_saved_in_checkpoints_and_exports(
 
 
 def test_a_stale_cache_of_precomputed_reference_log_probs(model: ModelConfig, tmp_path: Path) -> None:
-    """The reference is an adapter of the policy and costs no memory: nothing is precomputed, so nothing is stale."""
+    """TRL's is never made. Ours is keyed by what decides its numbers (test_reference_store.py)."""
     config = dpo_config(model, tmp_path)
     with Artifact.open("dpo", config) as artifact:
         _, trainer = dpo_trainer(config, artifact)
