@@ -21,7 +21,7 @@ from alignkit.data.closed_world import World, answer
 from alignkit.evaluation.predictions import Prediction, compare, score_answer, summarise
 from alignkit.evaluation.statistics import bootstrap_mean, wilson
 from alignkit.report import run
-from alignkit.reporting.charts import loss_figures
+from alignkit.reporting.charts import loss_figures, preference_figures
 from alignkit.reporting.held_out import Roles, read_held_out
 from alignkit.reporting.runs import Run, Step, read_run
 from alignkit.reporting.tables import teacher_statement
@@ -295,6 +295,28 @@ def test_a_held_out_loss_is_drawn_beside_the_training_loss(tmp_path: Path) -> No
     ((_, figure),) = loss_figures([read_run(folder)], None)
     assert "held out: from 2 to" in figure
     assert "held out" not in without
+
+
+def test_a_dpo_step_shows_margins_and_log_ratios_where_it_has_them(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", stages=12)
+    assert preference_figures([read_run(folder)]) == []
+    rows = [
+        {
+            "step": step,
+            "loss": 0.7,
+            "reward_margin": step / 10,
+            "chosen_log_ratio": -step,
+            "rejected_log_ratio": -2 * step,
+        }
+        for step in (1, 5)
+    ]
+    (folder / "dpo" / "loss.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (ratios_title, log_ratios), (margin_title, margin) = preference_figures([read_run(folder)])
+    assert (ratios_title, margin_title) == ("dpo: log-ratio a token", "dpo: reward margin")
+    assert "chosen, seed 1: from -1 to -5; rejected, seed 1: from -2 to -10" in log_ratios
+    assert "margin, seed 1: from 0.1 to 0.5" in margin
+    report(folder, tmp_path / "out")
+    assert "dpo: reward margin" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("stages", [1, 4, 8, 12])

@@ -19,9 +19,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from small_preference import PAIRS, encoded_pairs, write_adapter
 from small_training import TRAIN, encoded, open_artifact, policy_for, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_dpo import PAIRS, encoded_pairs, write_adapter
 from test_interruption import signalled_at
 from tiny_random import conversation, save_random_base, tokenizer
 from transformers import TrainingArguments
@@ -41,6 +41,8 @@ from alignkit.training import preference, supervised
 from alignkit.training.arguments import trainer_arguments
 from alignkit.training.batches import StepTrainer
 from alignkit.training.fit import fit, trainable_in_float32
+from alignkit.training.preference_losses import Objective
+from alignkit.training.reference import check_reference, set_reference
 
 ROOT = Path(__file__).resolve().parents[1]
 SLOW = TrainConfig(learning_rate=1e-6, scheduler="constant", warmup_share=0.0, batch_size=4, max_steps=5, save_steps=9)
@@ -70,7 +72,7 @@ def dpo_config(model: ModelConfig, folder: Path, **changes: Any) -> dpo.DPOConfi
 
 def dpo_trainer(config: dpo.DPOConfig, artifact: Artifact) -> tuple[Any, Any]:
     policy = load_policy(config.model, config.init_adapter, trainable=True)
-    objective = preference.Objective(config.reference, config.beta)
+    objective = Objective(config.reference, config.beta)
     built = preference.build_trainer(policy, tokenizer(), encoded_pairs(), objective, config.train, 1, artifact)
     return policy, built
 
@@ -104,7 +106,7 @@ def test_a_frozen_adapter_trains_to_the_end_without_an_error(model: ModelConfig,
     with pytest.raises(UserError, match=message):
         train(tmp_path / "run", frozen, TRAIN)
     with Artifact.open("dpo", config) as artifact, pytest.raises(UserError, match=message):
-        objective = preference.Objective("base", 0.1)
+        objective = Objective("base", 0.1)
         preference.build_trainer(frozen, tokenizer(), encoded_pairs(), objective, config.train, 1, artifact)
 
 
@@ -126,9 +128,9 @@ def test_the_reference_is_reloaded_from_the_base_behind_a_merged_policy(
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     with Artifact.open("dpo", config) as artifact:
         policy, trainer = dpo_trainer(config, artifact)
-        preference.set_reference(policy, reference)
+        set_reference(policy, reference)
         pairs = preference.pairs_dataset(encoded_pairs())
-        preference.check_reference(trainer, policy, reference, pairs, artifact)
+        check_reference(trainer, policy, reference, pairs, artifact)
     assert loaded == [model.path]
     assert trainer.ref_model is None
     assert set(policy.peft_config) == ({"default", "ref"} if reference == "sft_adapter" else {"default"})
@@ -167,7 +169,7 @@ def test_the_reference_adapter_is_saved_in_checkpoints_and_exports(
 
 
 def test_a_stale_cache_of_precomputed_reference_log_probs(model: ModelConfig, tmp_path: Path) -> None:
-    """The reference is an adapter of the policy and costs no memory: nothing is precomputed, so nothing is stale."""
+    """TRL's is never made. Ours is keyed by what decides its numbers (test_reference_store.py)."""
     config = dpo_config(model, tmp_path)
     with Artifact.open("dpo", config) as artifact:
         _, trainer = dpo_trainer(config, artifact)

@@ -185,8 +185,8 @@ def train(job: Job, base: Any, steps: int) -> float:
     """Train a new adapter for so many steps on random tokens, as the stage would; returns the seconds."""
     from alignkit.models.reward_model import RewardModel
     from alignkit.models.value_head import ValueHeadModel
-    from alignkit.training.preference import Objective as PreferenceObjective
     from alignkit.training.preference import train_preference
+    from alignkit.training.preference_losses import Objective as PreferenceObjective
     from alignkit.training.reward import Objective, train_reward_model
     from alignkit.training.supervised import train_supervised
 

@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,10 +48,13 @@ def run_sweep(stage: str, overrides: Sequence[str]) -> int:
     hydra_main(stage, ["-m", *overrides], partial(run_job, stage, overrides, home, varied), sweep_dir=home)
     codes = [_exit_code(folder / JOB_FILE) for folder in folders]
     print(f"{len(jobs)} jobs, {sum(code != DONE for code in codes)} failed", flush=True)
-    codes.append(
-        run_command("compare", [f"folder={_quoted(home / 'jobs')}", f"output_dir={_quoted(home)}", "force=true"])
-    )
+    codes.append(compare_jobs(home / "jobs", home))
     return max(codes)
+
+
+def compare_jobs(jobs: Path, folder: Path) -> int:
+    """Put the jobs side by side, as a table and a plot in `folder`; returns the exit code."""
+    return run_command("compare", [f"folder={_quoted(jobs)}", f"output_dir={_quoted(folder)}", "force=true"])
 
 
 def plan(stage: str, overrides: Sequence[str]) -> list[Job]:
@@ -72,22 +75,28 @@ def run_job(stage: str, arguments: Sequence[str], home: Path, varied: Sequence[s
     """Run one job in its folder, and write down there how it ended."""
     overrides = {key: value for key, value in job_overrides().items() if key in varied}
     fixed = [argument for argument in arguments if argument.lstrip("+").split("=", 1)[0] not in varied]
-    name = job_name(overrides, varied)
-    folder = home / "jobs" / name
+    folder = home / "jobs" / job_name(overrides, varied)
+    composed["output_dir"] = str(folder)
+    command = shlex.join(["alignkit", stage, *fixed, *(f"{key}={value}" for key, value in overrides.items())])
+    run_one(stage, folder, overrides, lambda: to_dataclass(stage, composed), command)
+
+
+def run_one(
+    stage: str, folder: Path, overrides: dict[str, str], configure: Callable[[], StageConfig], command: str
+) -> int:
+    """Run a stage in its folder, write down there how it ended, and return the exit code; an error ends it alone."""
     message = ""
 
     def work() -> int:
         nonlocal message
-        composed["output_dir"] = str(folder)
         try:
-            run_stage(stage, to_dataclass(stage, composed))
+            run_stage(stage, configure())
         except UserError as error:
             message = str(error)
             raise
         return DONE
 
-    print(f"--- {stage} {name}", flush=True)
-    command = shlex.join(["alignkit", stage, *fixed, *(f"{key}={value}" for key, value in overrides.items())])
+    print(f"--- {stage} {folder.name}", flush=True)
     with recorded_command(command):
         code = guarded(stage, work)
     if code == 130:
@@ -96,6 +105,7 @@ def run_job(stage: str, arguments: Sequence[str], home: Path, varied: Sequence[s
     outcome = {"overrides": overrides, "exit_code": code, "error": message}
     replace_text(folder / JOB_FILE, json.dumps(outcome, indent=1, ensure_ascii=False) + "\n")
     sys.stdout.flush()
+    return code
 
 
 def job_name(overrides: dict[str, str], varied: Sequence[str]) -> str:

@@ -63,6 +63,30 @@ def loss_figures(runs: Sequence[Run], held_out: HeldOut | None) -> list[tuple[st
     return figures
 
 
+def preference_figures(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """How each DPO step moved chosen and rejected answers, and the margin between them: (title, figure)."""
+    figures: list[tuple[str, str]] = []
+    kinds = (
+        ("log-ratio a token", {"chosen_log_ratio": ("chosen", "rung-3"), "rejected_log_ratio": ("rejected", "muted")}),
+        ("reward margin", {"reward_margin": ("margin", "rung-3")}),
+    )
+    for step in runs[0].of_stage("dpo"):
+        for said, keys in kinds:
+            lines = []
+            for place, run in enumerate(runs):
+                other = run.step(step.name)
+                rows = list(other.rows("loss.jsonl")) if other else []
+                for key, (name, colour) in keys.items():
+                    points = [(row["step"], row[key]) for row in rows if key in row]
+                    if points:
+                        xs, ys = zip(*points, strict=True)
+                        lines.append(Curve(f"{name}, seed {run.seed}", colour, xs, ys, dashed=place > 0))
+            if lines:
+                title, name = f"{step.name}: {said}", f"preference-{len(figures)}"
+                figures.append((title, curves(name, title, lines, x_label="optimizer step")))
+    return figures
+
+
 def reward_figures(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """How many pairs each reward model ranks right, held out and in training, by source: (step, figure)."""
     figures: list[tuple[str, str]] = []

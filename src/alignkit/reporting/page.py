@@ -39,6 +39,7 @@ def render_page(runs: Sequence[Run], held_out: HeldOut | None) -> str:
             if held_out
             else {},
             losses=[(title, Markup(svg)) for title, svg in charts.loss_figures(runs, held_out)],
+            preferences=[(title, Markup(svg)) for title, svg in charts.preference_figures(runs)],
             best_of_n=[(title, Markup(svg)) for title, svg in charts.best_of_n_figures(runs)],
             rewards=reward_sections(runs),
             selections=_selections(run),

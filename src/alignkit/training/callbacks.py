@@ -147,20 +147,25 @@ class StepReport(TrainerCallback):
             self._display.note_loss(loss)
         first = next((entry["loss"] for entry in state.log_history if "loss" in entry), loss)
         if not math.isfinite(loss):
-            self._stop("finite_loss", f"loss is {loss} at step {state.global_step}", args)
+            stop("finite_loss", f"loss is {loss} at step {state.global_step}", SLOWER, args, self._check)
         elif self._divergence is not None and loss > self._divergence * first:
             said = f"loss is {loss:.4f} at step {state.global_step}, {loss / first:.1f} times the first"
-            self._stop("no_divergence", said, args)
+            stop("no_divergence", said, SLOWER, args, self._check)
 
     def close(self) -> None:
         """Take the display away."""
         if self._display is not None:
             self._display.close()
 
-    def _stop(self, name: str, said: str, args: TrainingArguments) -> None:
-        good = newest_intact(Path(str(args.output_dir)))
-        where = "no checkpoint was written before" if good is None else f"the last good checkpoint is {good}"
-        self._check(name, False, f"{said}; lower train.learning_rate ({where})")
+
+SLOWER = "lower train.learning_rate"
+
+
+def stop(name: str, said: str, remedy: str, args: TrainingArguments, check: Check) -> None:
+    """Fail the check `name`, which ends the training, and name the last checkpoint that is still good."""
+    good = newest_intact(Path(str(args.output_dir)))
+    where = "no checkpoint was written before" if good is None else f"the last good checkpoint is {good}"
+    check(name, False, f"{said}; {remedy} ({where})")
 
 
 class SealCheckpoints(TrainerCallback):

@@ -37,9 +37,14 @@ _LOSS_FIELDS = {
     "mean_token_accuracy": "token_accuracy",
     "rewards/chosen": "chosen_reward",
     "rewards/rejected": "rejected_reward",
+    "rewards/margins": "reward_margin",
     "rewards/accuracies": "reward_accuracy",
     "logps/chosen": "chosen_log_prob",
     "logps/rejected": "rejected_log_prob",
+    "log_ratios/chosen": "chosen_log_ratio",
+    "log_ratios/rejected": "rejected_log_ratio",
+    "tokens/chosen": "chosen_tokens",
+    "tokens/rejected": "rejected_tokens",
 }
 """What a trainer logs -> what a row of loss.jsonl calls it."""
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate.utils import broadcast
@@ -24,7 +24,7 @@ from alignkit.core.artifact import Artifact
 from alignkit.core.config import Keep, SamplingConfig, TrainConfig
 from alignkit.core.errors import UserError
 from alignkit.core.journal import Journal
-from alignkit.core.records import ChatExample, TextExample
+from alignkit.core.records import ChatExample, PreferencePair, TextExample
 from alignkit.data.chat import IGNORED, EncodedExample, end_of_turn_id
 from alignkit.generation.hf import decode, draw
 from alignkit.training.randomness import random_state_kept
@@ -53,18 +53,19 @@ class Measurement:
     loss: float
 
 
-def split_by_prompt(
-    examples: Sequence[ChatExample | TextExample], share: float, seed: int
-) -> tuple[list[ChatExample | TextExample], list[ChatExample | TextExample]]:
+Row = TypeVar("Row", bound=ChatExample | TextExample | PreferencePair)
+
+
+def split_by_prompt(examples: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Examples to train on, and those of a share (rounded) of the distinct prompts, drawn by `seed`.
 
     All examples with one prompt fall on the same side: the answer to a held-out prompt has not been trained on. The
     prompt of a document is its text. Raises `UserError` when a share leaves one side empty.
     """
-    keys = [_prompt_key(example) for example in examples]
+    keys = [prompt_key(example) for example in examples]
     distinct = list(dict.fromkeys(keys))
     chosen = set(Random(seed).sample(distinct, round(share * len(distinct))))
-    sides: tuple[list[ChatExample | TextExample], list[ChatExample | TextExample]] = ([], [])
+    sides: tuple[list[Row], list[Row]] = ([], [])
     for example, key in zip(examples, keys, strict=True):
         sides[key in chosen].append(example)
     if share and not all(sides):
@@ -75,7 +76,8 @@ def split_by_prompt(
     return sides
 
 
-def _prompt_key(example: ChatExample | TextExample) -> str:
+def prompt_key(example: ChatExample | TextExample | PreferencePair) -> str:
+    """The same for rows with the same prompt."""
     if isinstance(example, TextExample):
         return example.text
     return "\n".join(message.model_dump_json() for message in example.prompt)

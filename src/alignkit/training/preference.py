@@ -5,36 +5,33 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from datasets import Dataset
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
 from alignkit.core.artifact import Artifact
 from alignkit.core.config import TrainConfig
-from alignkit.training.arguments import trainer_arguments
-from alignkit.training.batches import StepTrainer
+from alignkit.training.arguments import optimizer_steps, trainer_arguments
+from alignkit.training.batches import StepTrainer, planned_steps
 from alignkit.training.checkpoints import checkpoint_folder
 from alignkit.training.fit import fit, trainable_in_float32
+from alignkit.training.log_probs import Answer, answer_log_probs
+from alignkit.training.preference_losses import Objective
+from alignkit.training.preference_metrics import ChosenFall, drift, preference_metrics
+from alignkit.training.reference import check_reference, check_stored_reference, drop_reference, set_reference
+from alignkit.training.reference_store import reference_log_probs
+from alignkit.training.sampled_kl import log_ratios, sampled_answers
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
 LOG = logging.getLogger("alignkit")
-
-LN_2 = math.log(2)
-TOLERANCE = 1e-5
-"""Policy and reference run the same arithmetic on the same batch, so only summation order can differ."""
-
-NOTABLE_DRIFT = 1.0
-"""Fall of the log-probability of chosen answers, in nats per answer, from which on the log warns."""
 
 WATCHED_PAIRS = 64
 """Pairs on which log-probabilities are compared before and after training."""
@@ -51,19 +48,41 @@ class EncodedPair:
     def __len__(self) -> int:
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
 
+    @property
+    def chosen(self) -> Answer:
+        """The prompt with the better answer."""
+        return Answer(self.prompt_ids, self.chosen_ids)
+
+    @property
+    def rejected(self) -> Answer:
+        """The prompt with the worse answer."""
+        return Answer(self.prompt_ids, self.rejected_ids)
+
 
 @dataclass
-class Objective:
-    """The DPO loss of Rafailov et al., 2023 (arXiv 2305.18290, equation 7), and an optional likelihood term.
+class Watch:
+    """What is looked at besides the training itself."""
 
-    loss = -log sigmoid(beta * (chosen log-ratio - rejected log-ratio)) + sft_weight * (-mean log p of chosen tokens),
-    where a log-ratio is log p_policy(completion | prompt) - log p_reference(completion | prompt). `reference` is
-    `sft_adapter` (a frozen copy of the policy as it comes in), `base` (no adapter) or an adapter's folder.
-    """
+    held_out: Sequence[EncodedPair] = ()
+    """Pairs that are ranked after training."""
+    max_chosen_fall: float | None = None
+    """See `ChosenFall`; None: never stop."""
+    sampled_prompts: Sequence[list[int]] = ()
+    """Prompts that the policy answers before and after training."""
 
-    reference: str
-    beta: float
-    sft_weight: float = 0.0
+
+@dataclass
+class Trained:
+    """What comes out of a preference training besides the weights."""
+
+    losses: list[dict[str, float]]
+    """The rows of loss.jsonl."""
+    held_out_margins: list[float]
+    """Of each held-out pair, after training: see `margins`. Above 0: it is ranked right."""
+    sampled_log_ratios: list[float]
+    """Of each answer that the trained policy samples: see `log_ratios`."""
+    sampled_tokens: tuple[list[int], list[int]]
+    """Lengths of the answers sampled before and after training."""
 
 
 def train_preference(
@@ -74,18 +93,46 @@ def train_preference(
     train: TrainConfig,
     seed: int,
     artifact: Artifact,
-) -> list[dict[str, float]]:
-    """Train the policy's "default" adapter in place on pairs; returns the rows of loss.jsonl."""
+    *,
+    store: Path | None = None,
+    watch: Watch | None = None,
+) -> Trained:
+    """Train the policy's "default" adapter in place on pairs.
+
+    With a `store` the reference's log-probabilities come from there, those that it lacks are computed once and added,
+    and training runs without a reference model; without one they are computed anew at every step.
+    """
+    watch = watch or Watch()
     trainer = build_trainer(policy, tokenizer, pairs, objective, train, seed, artifact)
+    if watch.max_chosen_fall is not None:
+        trainer.add_callback(ChosenFall(watch.max_chosen_fall, artifact.check))
     set_reference(policy, objective.reference)
-    watched = pairs_dataset(pairs[:WATCHED_PAIRS])
-    at_reference = check_reference(trainer, policy, objective.reference, watched, artifact)
-    before = at_reference if objective.reference == "sft_adapter" else preference_metrics(trainer, watched)
+    watched = range(min(WATCHED_PAIRS, len(pairs)))
+    before = check_reference(trainer, policy, objective.reference, trainer.rows(watched), artifact)
+    sampled_before = sampled_answers(trainer, tokenizer, watch.sampled_prompts, seed)
+
+    rows = sorted({*watched, *_rows_read(trainer, train)}) if store else []
+    held_out, read = answers_of(watch.held_out), answers_of([pairs[row] for row in rows])
+    reference, counts = reference_log_probs(trainer, [*held_out, *read], store)
+    if store is not None:
+        _use_store(trainer, rows, reference[len(held_out) :], counts, artifact)
+        if not watch.sampled_prompts:
+            drop_reference(policy)
+        check_stored_reference(trainer, policy, objective.reference, trainer.rows(watched), artifact)
+    if objective.reference != "sft_adapter":
+        before = preference_metrics(trainer, trainer.rows(watched))
+
     row_tokens = [2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs]
     losses = fit(trainer, artifact, train, "dpo", row_tokens)
-    after = preference_metrics(trainer, watched)
-    artifact.metrics.update(_drift(before, after))
-    return losses
+    artifact.metrics.update(drift(before, preference_metrics(trainer, trainer.rows(watched))))
+    log_probs = answer_log_probs(trainer, held_out, "held-out pairs")
+    sampled = sampled_answers(trainer, tokenizer, watch.sampled_prompts, seed)
+    return Trained(
+        losses,
+        margins(log_probs, reference[: len(held_out)], objective.beta),
+        log_ratios(trainer, sampled),
+        (lengths(sampled_before), lengths(sampled)),
+    )
 
 
 def build_trainer(
@@ -98,7 +145,6 @@ def build_trainer(
     artifact: Artifact,
 ) -> _Trainer:
     """TRL's trainer on encoded pairs. It adds the adapter "ref", a frozen copy of "default", and turns dropout off."""
-    weights = [1.0, objective.sft_weight] if objective.sft_weight else [1.0]
     arguments = trainer_arguments(
         DPOConfig,
         train,
@@ -107,141 +153,15 @@ def build_trainer(
         seed=seed,
         dtype=policy.dtype,
         beta=objective.beta,
-        loss_type=["sigmoid", "sft"][: len(weights)],
-        loss_weights=weights,
+        loss_type=list(objective.terms),
+        loss_weights=list(objective.terms.values()),
+        label_smoothing=objective.label_smoothing,
         max_length=None,
     )
     with trainable_in_float32(policy, artifact):
         trainer = _Trainer(model=policy, args=arguments, train_dataset=pairs_dataset(pairs), processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-# -- the reference -----------------------------------------------------------------------------------------------------
-
-
-def set_reference(policy: PeftModel, reference: str) -> None:
-    """Make the trainer compare with the named reference instead of the copy it made.
-
-    Without an adapter called "ref" it switches adapters off, which is the base.
-    """
-    if reference == "sft_adapter":
-        return
-    policy.delete_adapter("ref")
-    if reference != "base":
-        _load_frozen(policy, Path(reference), "ref")
-
-
-def check_reference(
-    trainer: DPOTrainer, policy: PeftModel, reference: str, pairs: Dataset, artifact: Artifact
-) -> dict[str, float]:
-    """Check that the trainer's reference is the named one: a policy that *is* that reference has loss ln 2, rewards 0.
-
-    Every log-ratio is then zero. Conversely the mean of -log sigmoid, which is strictly convex, is ln 2 at mean margin
-    zero only when every single margin is zero. With `sft_adapter` this is the policy as it stands; otherwise the policy
-    takes the place of the named reference for the time of the check. Returns the metrics of that policy.
-    """
-    with _policy_is(policy, reference):
-        found = preference_metrics(trainer, pairs)
-    reward = max(abs(found["chosen_reward"]), abs(found["rejected_reward"]))
-    artifact.check(
-        "reference",
-        abs(found["loss"] - LN_2) <= TOLERANCE and reward <= TOLERANCE,
-        f"{reference}: loss {found['loss']:.7f} (ln 2 = {LN_2:.7f}), largest mean reward {reward:.1e}",
-    )
-    return found
-
-
-@contextmanager
-def _policy_is(policy: PeftModel, reference: str) -> Iterator[None]:
-    """Let the policy be the named reference, by another road than `set_reference` takes."""
-    if reference == "sft_adapter":
-        yield
-    elif reference == "base":
-        with _adding_nothing(policy):
-            yield
-    else:
-        _load_frozen(policy, Path(reference), "named")
-        policy.set_adapter("named")
-        yield
-        policy.set_adapter("default")
-        policy.delete_adapter("named")
-
-
-@contextmanager
-def _adding_nothing(policy: PeftModel) -> Iterator[None]:
-    """Let the "default" adapter add nothing to the base for a while: B = 0, and DoRA's magnitudes those of the base."""
-    kinds = (".lora_B.default", ".lora_magnitude_vector.default")
-    changed = [weight for name, weight in policy.named_parameters() if any(kind in name for kind in kinds)]
-    saved = [weight.detach().clone() for weight in changed]
-    with torch.no_grad():
-        for name, weight in policy.named_parameters():
-            if ".lora_B.default" in name:
-                weight.zero_()
-        for layer in policy.modules():
-            magnitudes: Any = getattr(layer, "lora_magnitude_vector", {})
-            if "default" in magnitudes:
-                magnitudes["default"].weight.copy_(_base_norms(layer, magnitudes["default"]))
-        yield
-        for weight, value in zip(changed, saved, strict=True):
-            weight.copy_(value)
-
-
-def _base_norms(layer: Any, dora: Any) -> torch.Tensor:
-    """The norm of each output's weights in the base, [outputs], as PEFT takes it in a forward pass."""
-    from peft.utils.integrations import dequantize_module_weight
-
-    weight = dequantize_module_weight(layer.get_base_layer()).float()
-    norms: torch.Tensor = dora.get_weight_norm(weight, torch.zeros_like(weight), 1.0)
-    return norms
-
-
-def _load_frozen(policy: PeftModel, folder: Path, name: str) -> None:
-    policy.load_adapter(str(folder), name, is_trainable=False)
-    for path, module in policy.named_modules():
-        if path.endswith(f"lora_dropout.{name}") and isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-
-
-# -- measuring ---------------------------------------------------------------------------------------------------------
-
-
-def preference_metrics(trainer: DPOTrainer, pairs: Dataset) -> dict[str, float]:
-    """Means over pairs, without training: loss, rewards, share of pairs ranked right, log-probabilities.
-
-    The loss is the preference term alone, whatever else is trained on.
-    """
-    trained_on = trainer.loss_types, trainer.loss_weights
-    trainer.loss_types, trainer.loss_weights = ["sigmoid"], [1.0]
-    found = trainer.evaluate(pairs)
-    trainer.loss_types, trainer.loss_weights = trained_on
-    return {
-        "loss": found["eval_loss"],
-        "chosen_reward": found["eval_rewards/chosen"],
-        "rejected_reward": found["eval_rewards/rejected"],
-        "reward_accuracy": found["eval_rewards/accuracies"],
-        "chosen_log_prob": found["eval_logps/chosen"],
-        "rejected_log_prob": found["eval_logps/rejected"],
-    }
-
-
-def _drift(before: dict[str, float], after: dict[str, float]) -> dict[str, Any]:
-    """How far chosen and rejected answers have become more or less likely (nats per answer).
-
-    DPO only asks for the difference to grow. When chosen answers become much less likely, too, the policy drifts to
-    text that is neither: the usual cause of gibberish.
-    """
-    change = {side: after[f"{side}_log_prob"] - before[f"{side}_log_prob"] for side in ("chosen", "rejected")}
-    LOG.info("dpo: log-probability of chosen answers %+.2f, of rejected %+.2f", change["chosen"], change["rejected"])
-    if change["chosen"] < -NOTABLE_DRIFT:
-        LOG.warning("dpo: chosen answers became unlikely; a larger beta, fewer steps or sft_weight=0.1 hold them up")
-    return {
-        "chosen_log_prob_change": change["chosen"],
-        "rejected_log_prob_change": change["rejected"],
-        "reward_accuracy": after["reward_accuracy"],
-        "preference_loss_before": before["loss"],
-        "preference_loss_after": after["loss"],
-    }
 
 
 def pairs_dataset(pairs: Sequence[EncodedPair]) -> Dataset:
@@ -254,6 +174,43 @@ def pairs_dataset(pairs: Sequence[EncodedPair]) -> Dataset:
             "length": [len(pair) for pair in pairs],
         }
     )
+
+
+def answers_of(pairs: Sequence[EncodedPair]) -> list[Answer]:
+    """All chosen answers, then all rejected ones."""
+    return [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+
+
+def margins(policy: Sequence[float], reference: Sequence[float], beta: float) -> list[float]:
+    """beta * (chosen log-ratio - rejected log-ratio) of each pair, from log-probabilities as `answers_of` orders them.
+
+    The implicit reward of Rafailov et al., 2023 (equation 5), of the chosen answer less that of the rejected one.
+    """
+    ratios = [ours - theirs for ours, theirs in zip(policy, reference, strict=True)]
+    half = len(ratios) // 2
+    return [beta * (chosen - rejected) for chosen, rejected in zip(ratios[:half], ratios[half:], strict=True)]
+
+
+def lengths(answers: Sequence[Answer]) -> list[int]:
+    """Tokens of each answer, its end included."""
+    return [len(answer.answer_ids) for answer in answers]
+
+
+def _rows_read(trainer: _Trainer, train: TrainConfig) -> set[int]:
+    """The pairs that come up in this run's steps."""
+    steps = planned_steps(trainer.sampler, optimizer_steps(len(trainer.sampler), train))
+    return {row for step in steps for row in step}
+
+
+def _use_store(
+    trainer: _Trainer, rows: Sequence[int], reference: Sequence[float], counts: dict[str, int], artifact: Artifact
+) -> None:
+    """Give the trainer the reference's log-probabilities of the rows that it will read, as `answers_of` orders them."""
+    LOG.info("dpo: reference log-probs: %d were stored, %d computed", counts["stored"], counts["computed"])
+    artifact.metrics["reference_log_probs"] = counts
+    artifact.check("reference_log_probs", all(map(math.isfinite, reference)), f"{len(reference)} numbers")
+    sides = zip(reference[: len(rows)], reference[len(rows) :], strict=True)
+    trainer.use_reference(dict(zip(rows, sides, strict=True)))
 
 
 class _Trainer(StepTrainer, DPOTrainer):
@@ -270,6 +227,33 @@ class _Trainer(StepTrainer, DPOTrainer):
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset  # tokenised already
+
+    def _precompute_ref_logps(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset  # they are in it
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """TRL's loss and all that it notes, and besides the answers' lengths and their log-ratios a token."""
+        loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[no-untyped-call]
+        noted = self._metrics["train" if model.training else "eval"]
+        for side, mask in zip(("chosen", "rejected"), inputs["completion_mask"].chunk(2), strict=True):
+            tokens = self.accelerator.gather(mask.sum(dim=1)).double().mean().item()
+            noted[f"tokens/{side}"].append(tokens)
+            noted[f"log_ratios/{side}"].append(noted[f"rewards/{side}"][-1] / self.beta / tokens)
+        return loss
+
+    def use_reference(self, log_probs: dict[int, tuple[float, float]]) -> None:
+        """Train with these reference log-probabilities, row -> of chosen and of rejected, and no reference model."""
+        data: Any = self.train_dataset
+        rows = [log_probs.get(row, (math.nan, math.nan)) for row in range(len(data))]
+        for place, name in enumerate(("ref_chosen_logps", "ref_rejected_logps")):
+            data = data.add_column(name, [row[place] for row in rows])
+        self.train_dataset = data
+        self.precompute_ref_logps = True
+
+    def rows(self, numbers: Sequence[int]) -> Dataset:
+        """Some of the rows that are trained on."""
+        assert isinstance(self.train_dataset, Dataset)
+        return self.train_dataset.select(numbers)
 
     def row_lengths(self) -> list[int]:
         """Tokens of each pair's longer side."""
