@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from alignkit.evaluation.predictions import TAGS, ModelAnswer, Prediction, compare
+from alignkit.evaluation.predictions import TAGS, ModelAnswer, Prediction, compare, read_predictions
 from alignkit.evaluation.statistics import Estimate, bootstrap_mean
-from alignkit.reporting.runs import Run, read_predictions
+from alignkit.reporting.runs import Run
 
 Role = Literal["stage", "control", "upper bound", "against control"]
 
@@ -194,7 +194,7 @@ def read_held_out(runs: Sequence[Run], roles: Roles) -> HeldOut | None:
     seeds = [run.seed for run, _ in found]
     if len(set(seeds)) < len(seeds):  # the same seed in two folders: the folders tell them apart
         seeds = [run.folder.name for run, _ in found]
-    return HeldOut(roles, seeds, [step.metrics for step in steps], [read_predictions(step) for step in steps])
+    return HeldOut(roles, seeds, [step.metrics for step in steps], [read_predictions(step.folder / "predictions.jsonl") for step in steps])
 
 
 def _exact_match(rows: Sequence[Prediction], model: str) -> Estimate:
