@@ -15,7 +15,7 @@ Overrides people use:
   score=judge                      what decides: exact_match, token_f1 or judge
 
 Examples:
-  python -m alignkit.keep_best run=demo 'policies={sft: runs/demo/sft/adapter, dpo: runs/demo/dpo/adapter}' 'evaluations=[runs/demo/evaluate/predictions.jsonl]'
+  python -m alignkit.keep_best policies.sft=a/adapter policies.dpo=b/adapter evaluations=predictions.jsonl
 """
 
 from __future__ import annotations

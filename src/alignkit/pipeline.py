@@ -4,9 +4,9 @@ Every step is an ordinary stage command with its own run folder, so whatever a p
 whatever is already done is skipped. A step starts when the steps whose outputs it reads have finished; up to `workers`
 steps run side by side. After a kill the same command continues. All configurations are checked before the first step.
 
-With rounds=3 the steps that a pipeline names in round.steps are repeated up to three times, each round starting from the
-policy of the one before. After each, that policy is examined on development questions; the rounds end with the first
-whose gain is not above zero by its 95 % interval, and the best policy is kept in runs/<run>/best/ (docs/rounds.md).
+With rounds=3 the steps that a pipeline names in round.steps are repeated up to three times, each round starting from
+the policy of the one before. After each, that policy is examined on development questions; the rounds end with the
+first whose gain is not above zero by its 95 % interval, and the best is kept in runs/<run>/best/ (docs/rounds.md).
 
 Reads:   what the first steps read (the seeds)
 Writes:  runs/<run>/<step>/ for every step, runs/<run>-seed<k>/<step>/ for every replicate; the last step writes
@@ -38,7 +38,16 @@ from typing import ClassVar
 
 from alignkit.core.artifact import Artifact, read_manifest
 from alignkit.core.errors import UserError
-from alignkit.core.plan import PlanConfig, first_steps, last_steps, plan_best, plan_round, plan_step, predictions
+from alignkit.core.plan import (
+    PlanConfig,
+    check_evaluation,
+    first_steps,
+    last_steps,
+    plan_best,
+    plan_round,
+    plan_step,
+    predictions,
+)
 from alignkit.core.steps import Step, connect, describe, execute, require_sources
 
 
@@ -61,10 +70,10 @@ def run(config: PipelineConfig) -> Artifact:
     planned = plan(config)
     steps_planned = [step for part in planned for step in part]
     require_sources(steps_planned)
-    total = len(steps_planned)
+    total, most = len(steps_planned), "at most " if config.rounds else ""
     with Artifact.open("pipeline", config, always=True) as artifact:
         began, memory, steps = time.monotonic(), 0, list[Step]()
-        print(f"{'at most ' * bool(config.rounds)}{total} steps, {config.workers} at a time -> {artifact.folder.parent}", flush=True)
+        print(f"{most}{total} steps, {config.workers} at a time -> {artifact.folder.parent}", flush=True)
         for part in in_turn(config, planned):
             for step, peak in execute(part, config.workers, artifact.folder):
                 memory = max(memory, peak)
@@ -96,7 +105,10 @@ def plan(config: PipelineConfig) -> list[list[Step]]:
     for number in range(1, config.rounds + 1):
         side_by_side = zip(*(plan_round(own, number) for own in runs), strict=True)
         parts.append(chosen(config, [step for steps in side_by_side for step in steps]))
-    return [*parts, plan_last(config, {own.run: config.rounds for own in runs})] if config.rounds else parts
+    if config.rounds:
+        parts.append(plan_last(config, {own.run: config.rounds for own in runs}))
+        check_evaluation(next(plan_round(config, 1)), parts[-1])
+    return parts
 
 
 def plan_last(config: PipelineConfig, ran: Mapping[str, int]) -> list[Step]:
@@ -107,7 +119,7 @@ def plan_last(config: PipelineConfig, ran: Mapping[str, int]) -> list[Step]:
 
 
 def in_turn(config: PipelineConfig, planned: Sequence[list[Step]]) -> Iterator[list[Step]]:
-    """The parts of a plan, each when it is known what it has to be: a seed has no further round when one did not help."""
+    """The parts of a plan, each once it is known what it has to be: a seed ends its rounds when one did not help."""
     yield planned[0]
     if not config.rounds:
         return
@@ -153,8 +165,10 @@ def others(config: PipelineConfig, name: str) -> list[str]:
 
 
 def chosen(config: PipelineConfig, steps: Sequence[Step]) -> list[Step]:
-    """Those of the steps that `only` names, by their own name or without that of the round, each with what it waits for:
-    the steps it reads from, and for a step of `once` all others."""
+    """Those of the steps that `only` names, by their own name or without that of the round.
+
+    Each waits for those that it reads from, and a step of `once` for all others.
+    """
     names = {*config.only}
     steps = [step for step in steps if not names or names & {step.name, re.sub(r"^round\d+_", "", step.name)}]
     connect(steps)

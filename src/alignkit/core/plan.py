@@ -1,8 +1,8 @@
 """A pipeline's plan: the steps of a run, and how some of them are repeated in rounds.
 
-What stands in braces in a step's overrides is filled in: `{run}`, the pipeline's variables, and the name of a step, which
-stands for that step's folder. `{previous}` is the adapter that a round starts from, `{best}` the folder with the adapter
-that is kept in the end. Without rounds every step is run once, in the folder of its name. With them, those of
+What stands in braces in a step's overrides is filled in: `{run}`, the pipeline's variables, and the name of a step,
+which stands for that step's folder. `{previous}` is the adapter that a round starts from, `{best}` the folder with the
+adapter that is kept in the end. Without rounds every step is run once, in the folder of its name. With them, those of
 `round.steps` are run again and again, in `round1_<step>`, `round2_<step>`, ...; what stands before the last of them in
 reading order comes before the rounds, what stands behind it follows them.
 """
@@ -12,8 +12,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from alignkit.core.config import MISSING, Score, StageConfig
+from alignkit.core.config import MISSING, RowsConfig, Score, StageConfig
 from alignkit.core.errors import UserError
 from alignkit.core.help import stage_keys
 from alignkit.core.stages import default_groups, nearest
@@ -27,11 +28,11 @@ class StepConfig:
     stage: str = MISSING
     overrides: list[str] = field(default_factory=list)
     each_round: list[str] = field(default_factory=list)
-    """For a step behind the rounds: overrides to repeat for each round that was run. In them the name of a repeated step
-    stands for its folder in that round, and `{round}` for what comes before its name there: `round1_`; nothing without
-    rounds."""
+    """For a step behind the rounds: overrides to repeat for each round that was run. In them the name of a repeated
+    step stands for its folder in that round, and `{round}` for what comes before its name there: `round1_`, or nothing
+    without rounds."""
     advance: dict[str, int] = field(default_factory=dict)
-    """For a repeated step: keys whose number grows by so much with each round. With data.skip, each reads fresh rows."""
+    """For a repeated step: keys whose number grows by so much each round. With data.skip, each reads fresh rows."""
     earlier: dict[str, str] = field(default_factory=dict)
     """For a repeated step: keys that are given the list of this file of the same step in all rounds before."""
 
@@ -70,7 +71,7 @@ class PlanConfig(StageConfig):
         if self.rounds < 0:
             raise UserError(f"rounds={self.rounds}: must be 0 or more")
         if self.rounds and not self.round.steps:
-            raise UserError(f"rounds={self.rounds}: this pipeline has no round.steps to repeat; pipeline=rounds has some")
+            raise UserError(f"rounds={self.rounds}: this pipeline has no round.steps to repeat (pipeline=rounds has)")
         start = [self.round.start] if self.round.steps else []
         for key, names in (("round.steps", self.round.steps), ("round.start", start)):
             for name in names:
@@ -82,7 +83,8 @@ class PlanConfig(StageConfig):
 
 def first_steps(config: PlanConfig) -> list[str]:
     """Names of the steps before the rounds; without rounds, of all."""
-    return [name for name in config.steps if name not in (*config.round.steps, *last_steps(config)) or not config.rounds]
+    later = {*config.round.steps, *last_steps(config)} if config.rounds else set()
+    return [name for name in config.steps if name not in later]
 
 
 def last_steps(config: PlanConfig) -> list[str]:
@@ -98,13 +100,13 @@ def plan_step(config: PlanConfig, name: str, ran: int = 0, also: Sequence[str] =
         fillings = {key: value for key, value in fillings.items() if key not in config.round.steps}
     overrides = [fill(each, fillings) for each in entry.overrides]
     if config.rounds and not ran and entry.each_round:
-        raise UserError(f"steps.{name}.each_round: it stands before the rounds; move it behind {config.round.steps[-1]}")
+        raise UserError(f"steps.{name}.each_round: the step comes before the rounds; move it behind them")
     for number in range(1, ran + 1) if config.rounds else [0]:
         overrides += [fill(each, _fillings(config, number)) for each in entry.each_round]
     for each in overrides:
         if asked := [step for step in config.round.steps if f"{{{step}}}" in each]:
             raise UserError(
-                f"steps.{name}: {{{asked[0]}}} is a step of the rounds; outside them say it in each_round, or use {{best}}"
+                f"steps.{name}: {{{asked[0]}}} is a folder in each round: use each_round, or {{best}}"
             )
     return _make(config, name, entry.stage, [*overrides, *also])
 
@@ -132,6 +134,29 @@ def plan_best(config: PlanConfig, ran: int) -> Step:
     evaluations = ", ".join(str(predictions(config, number)) for number in range(ran + 1))
     score = f"score={config.round.score.name}"
     return _make(config, "best", "keep_best", [score, *policies, f"evaluations=[{evaluations}]"])
+
+
+def check_evaluation(round_evaluation: Step, others: Sequence[Step]) -> None:
+    """Raise `UserError` when rounds cannot be decided by their evaluation, or by the questions of another one."""
+    config: Any = round_evaluation.config
+    if config.data.path == "none":
+        raise UserError(
+            "round.evaluation: data.path=none. Rounds are decided on questions of their own, other than the held-out "
+            "ones; a pipeline with variables.development takes them there"
+        )
+    for other in others:
+        theirs: Any = other.config
+        if other.stage == "evaluate" and config.data.path == theirs.data.path and _overlap(config.data, theirs.data):
+            raise UserError(
+                f"round.evaluation: {config.data.path} decides when rounds end, and step '{other.name}' reports on the "
+                "same rows. Give one of them another file, or rows of their own by data.skip and data.limit"
+            )
+
+
+def _overlap(one: RowsConfig, other: RowsConfig) -> bool:
+    """Whether two slices of a file share rows."""
+    ends = [float("inf") if rows.limit is None else rows.skip + rows.limit for rows in (one, other)]
+    return one.skip < ends[1] and other.skip < ends[0]
 
 
 def predictions(config: PlanConfig, number: int) -> str:
@@ -176,6 +201,8 @@ def _folder(config: PlanConfig, step: str) -> str:
 
 def _evaluation(config: PlanConfig, number: int) -> Step:
     """The evaluation of one round's policy. Each is examined once; `keep_best` pairs its answers with the others'."""
+    if not any(each.startswith("data.path=") for each in config.round.evaluation):
+        raise UserError("round.evaluation: give data.path=..., the questions that decide how many rounds help")
     given = [fill(each, _fillings(config, number)) for each in config.round.evaluation]
     models = ["models.base=null", f"models.round{number}={_policy(config, number)}"]
     return _make(config, f"round{number}_evaluate", "evaluate", [*given, *models])

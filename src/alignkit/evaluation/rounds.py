@@ -1,4 +1,4 @@
-"""Which of several policies, each trained from the one before it, is worth keeping: by paired gains on the same questions.
+"""Which of several policies, each trained from the one before it, to keep: by paired gains on the same questions.
 
 A round helped when the 95 % interval of its gain over the round before lies above zero. The policies are looked at in
 turn up to the first that did not help, and the last that did is kept: of those looked at until then it has the highest
@@ -46,7 +46,7 @@ def read_answers(files: Sequence[Path]) -> list[Prediction]:
     for place, file in enumerate(files):
         rows = {row.id: row for row in read_predictions(file)}
         if place and rows.keys() != joined.keys():
-            raise UserError(f"{file}: not the questions of {files[0]}; gains are paired, so all must answer the same ones")
+            raise UserError(f"{file}: not the questions of {files[0]}; paired gains need the same ones")
         for key, row in rows.items():
             answers = {**joined[key].answers, **row.answers} if place else row.answers
             joined[key] = row.model_copy(update={"answers": answers})
