@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from alignkit.core.app import load_config, run_command, run_stage
 from alignkit.core.artifact import Artifact, read_manifest
 from alignkit.core.config import Score
 from alignkit.core.errors import UserError
+from alignkit.core.lineage import lineage
+from alignkit.core.plan import StepConfig
 from alignkit.core.steps import Step
 from alignkit.evaluation.leakage import find_leakage
 from alignkit.evaluation.predictions import Prediction, compare, score_answer, summarise
@@ -34,30 +37,30 @@ def planned(*overrides: str) -> list[dict[str, Any]]:
 
 
 def test_each_round_starts_from_the_policy_of_the_one_before() -> None:
-    first, one, two, last = planned(*QWEN, "rounds=2", "variables.development=d.jsonl")
-    assert list(first) == [
-        f"r/{name}" for name in ("expand", "select", "questions", "sft", "sample", "judge", "reward")
-    ]
-    names = ("rejection_sampling", "sft_best", "version_pairs", "dpo", "evaluate")
-    assert list(one) == ["r/round0_evaluate", *(f"r/round1_{name}" for name in names)]
-    assert list(two) == [f"r/round2_{name}" for name in names]
-    assert list(last) == ["r/best", "r/evaluate", "r/report"]
+    repeated = ("rejection_sampling", "sft_best", "version_pairs", "dpo")
+    first, one, two, last = planned(
+        *QWEN, "rounds=2", "variables.development=d.jsonl", f"only=[sft,round1_evaluate,{','.join(repeated)}]"
+    )
+    assert (list(first), list(last)) == (["r/sft"], [])
+    assert list(one) == [f"r/round1_{name}" for name in (*repeated, "evaluate")]
     for start, place, steps_of_round in (("sft", 1, one), ("round1_dpo", 2, two)):
-        config = {name: steps_of_round[f"r/round{place}_{name}"].config for name in names}
+        config = {name: steps_of_round[f"r/round{place}_{name}"].config for name in repeated}
         assert config["rejection_sampling"].adapter == config["sft_best"].init_adapter == f"runs/r/{start}/adapter"
         assert config["sft_best"].data.path == f"runs/r/round{place}_rejection_sampling/best.jsonl"
         assert config["version_pairs"].adapter == config["dpo"].init_adapter == f"runs/r/round{place}_sft_best/adapter"
         assert config["version_pairs"].previous_adapter == f"runs/r/{start}/adapter"
         assert config["version_pairs"].reward == "runs/r/reward"
         assert config["dpo"].data.path == f"runs/r/round{place}_version_pairs/pairs.jsonl"
-        assert config["evaluate"].models == {"base": None, f"round{place}": f"runs/r/round{place}_dpo/adapter"}
-        assert config["evaluate"].data.path == "d.jsonl"
-        assert config["evaluate"].model.name == "qwen7b"
     assert two["r/round2_dpo"].needs == {Path("runs/r/round2_version_pairs"), Path("runs/r/round2_sft_best")}
+    evaluation = one["r/round1_evaluate"].config
+    assert evaluation.models == {"base": None, "round1": "runs/r/round1_dpo/adapter"}
+    assert (evaluation.data.path, evaluation.model.name) == ("d.jsonl", "qwen7b")
 
 
 def test_the_last_evaluation_and_the_kept_policy_know_every_round() -> None:
-    last = planned("pipeline=smoke", "run=r", "rounds=2")[-1]
+    _, one, two, last = planned("pipeline=smoke", "run=r", "rounds=2", "only=[evaluate,best,report]")
+    assert [*one, *two] == ["r/round0_evaluate", "r/round1_evaluate", "r/round2_evaluate"]
+    assert list(last) == ["r/best", "r/evaluate", "r/report"]
     evaluated = ["base", "sft", "round1_sft_best", "round1_dpo", "round2_sft_best", "round2_dpo"]
     assert list(last["r/evaluate"].config.models) == evaluated
     assert last["r/evaluate"].config.models["round2_dpo"] == "runs/r/round2_dpo/adapter"
@@ -71,59 +74,79 @@ def test_the_last_evaluation_and_the_kept_policy_know_every_round() -> None:
     assert last["r/report"].needs == {Path("runs/r/best"), Path("runs/r/evaluate")}
 
 
-def test_without_rounds_every_step_is_run_once_under_its_own_name() -> None:
-    (only,) = planned("pipeline=smoke", "run=r")
-    assert not [label for label in only if "round" in label or "best" in label.split("/")[1].split("_")]
-    assert list(only["r/evaluate"].config.models) == ["base", "sft", "sft_best", "dpo"]
-    assert only["r/dpo"].config.init_adapter == "runs/r/sft_best/adapter"
-    assert only["r/rejection_sampling"].config.adapter == "runs/r/sft/adapter"
-    (kept,) = planned("pipeline=smoke", "run=r", "steps.export={stage: export, overrides: ['adapter={best}/adapter']}")
-    assert kept["r/export"].config.adapter == "runs/r/dpo/adapter"
+def test_without_rounds_a_repeated_step_is_run_once_under_its_own_name() -> None:
+    config = load_config("pipeline", ["pipeline=smoke", "run=r", "only=[rejection_sampling,dpo,evaluate]"])
+    (part,) = plan(config)
+    one: dict[str, Any] = {step.label: step.config for step in part}
+    assert list(one) == ["r/rejection_sampling", "r/dpo", "r/evaluate"]
+    assert list(one["r/evaluate"].models) == ["base", "sft", "sft_best", "dpo"]
+    assert one["r/dpo"].init_adapter == "runs/r/sft_best/adapter"
+    assert one["r/rejection_sampling"].adapter == "runs/r/sft/adapter"
+
+
+def test_a_step_behind_the_rounds_reads_what_is_kept() -> None:
+    config = load_config("pipeline", ["pipeline=smoke", "run=r", "only=[sft]"])
+    export = {"export": StepConfig("export", ["adapter={best}/adapter"])}
+    for number, kept in ((0, "dpo"), (1, "best")):
+        more = replace(config, rounds=number, only=["export"], steps={**config.steps, **export})
+        (step,) = plan(more)[-1]
+        assert step.config.adapter == f"runs/r/{kept}/adapter"  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"steps\.best: \{best\} means something else in overrides"):
+        replace(config, steps={**config.steps, "best": StepConfig("select")})
+
+
+RETRAINED = "round.steps=[sample,judge,reward,rejection_sampling,sft_best,preference_pairs,dpo]"
 
 
 def test_a_round_reads_fresh_questions_and_may_read_what_earlier_rounds_wrote() -> None:
-    """`advance` and `earlier`; the latter is for lists of files, here any list of texts will do."""
-    earlier = "steps.sft_best.earlier={model.lora_targets: scored.jsonl}"
-    _, one, two, three, _ = planned("pipeline=rounds", "run=r", "rounds=3", earlier)
-    skips = [part[f"r/round{n}_rejection_sampling"].config.data.skip for n, part in enumerate((one, two, three), 1)]
+    """`advance`, and `earlier`, which is for lists of files; any list of texts shows it."""
+    given = [RETRAINED, "steps.judge.earlier={more_judges: scored.jsonl}", "only=[judge,rejection_sampling]"]
+    parts = planned("pipeline=rounds", "run=r", "rounds=3", *given)[1:4]
+    skips = [part[f"r/round{n}_rejection_sampling"].config.data.skip for n, part in enumerate(parts, 1)]
     assert skips == [2000, 4000, 6000]
-    lists = [part[f"r/round{n}_sft_best"].config.model.lora_targets for n, part in enumerate((one, two, three), 1)]
-    assert lists == [["all-linear"], ["runs/r/round1_sft_best/scored.jsonl"],
-                     ["runs/r/round1_sft_best/scored.jsonl", "runs/r/round2_sft_best/scored.jsonl"]]  # fmt: skip
+    files = [f"runs/r/round{n}_judge/scored.jsonl" for n in (1, 2)]
+    found = [part[f"r/round{n}_judge"].config.more_judges for n, part in enumerate(parts, 1)]
+    assert found == [[], files[:1], files]
 
 
 def test_the_shipped_rounds_never_sample_from_a_question_twice() -> None:
-    parts = planned("pipeline=rounds", "run=r")
-    rows = [
-        step.config.data for part in parts for step in part.values() if step.stage in ("sample", "rejection_sampling")
-    ]
+    parts = planned("pipeline=rounds", "run=r", "only=[questions,sample,rejection_sampling,preference_pairs]")
+    rows = [step.config.data for part in parts for step in part.values() if step.stage != "expand"]
     asked = [place for each in rows for place in range(each.skip, each.skip + each.limit)]
+    assert len(rows) == 5
     assert len(asked) == len(set(asked))
     assert max(asked) < parts[0]["r/questions"].config.count
 
 
 def test_the_reward_model_may_be_trained_anew_in_each_round() -> None:
-    inside_rounds = "round.steps=[sample,judge,reward,rejection_sampling,sft_best,preference_pairs,dpo]"
-    first, _, two, _ = planned("pipeline=rounds", "run=r", inside_rounds)
-    assert "r/reward" not in first
+    only = "only=[reward,round2_sample,round2_judge,round2_preference_pairs]"
+    first, _, two, _ = planned("pipeline=rounds", "run=r", RETRAINED, only)
+    assert first == {}
     assert two["r/round2_sample"].config.adapter == two["r/round2_reward"].config.adapter == "runs/r/round1_dpo/adapter"
     assert two["r/round2_judge"].config.data.path == "runs/r/round2_sample/completions.jsonl"
     assert two["r/round2_reward"].config.data.path == "runs/r/round2_judge/scored.jsonl"
     assert two["r/round2_preference_pairs"].config.reward == "runs/r/round2_reward"
 
 
-def test_replicates_have_rounds_of_their_own_and_only_names_steps_of_one_or_of_all() -> None:
-    parts = planned("pipeline=smoke", "run=r", "rounds=1", "replicates=[4]")
-    assert parts[1]["r-seed4/round1_dpo"].config.init_adapter == "runs/r-seed4/round1_sft_best/adapter"
-    assert parts[1]["r-seed4/round1_dpo"].config.seed == parts[2]["r-seed4/best"].config.seed == 4
-    assert parts[2]["r/report"].config.replicates == ["runs/r-seed4"]
-    assert parts[2]["r/report"].needs == {
-        Path(f"runs/{run}/{name}") for run in ("r", "r-seed4") for name in ("best", "evaluate")
-    }
-    assert [list(part) for part in planned("pipeline=smoke", "run=r", "rounds=2", "only=[dpo]")] == [
-        [], ["r/round1_dpo"], ["r/round2_dpo"], []]  # fmt: skip
-    assert [list(part) for part in planned("pipeline=smoke", "run=r", "rounds=2", "only=[sft,round2_dpo,best]")] == [
-        ["r/sft"], [], ["r/round2_dpo"], ["r/best"]]  # fmt: skip
+def test_replicates_have_rounds_of_their_own() -> None:
+    only = "only=[round1_dpo,best,evaluate,report]"
+    _, one, last = planned("pipeline=smoke", "run=r", "rounds=1", "replicates=[4]", only)
+    assert one["r-seed4/round1_dpo"].config.init_adapter == "runs/r-seed4/round1_sft_best/adapter"
+    assert one["r-seed4/round1_dpo"].config.seed == last["r-seed4/best"].config.seed == 4
+    assert last["r/report"].config.replicates == ["runs/r-seed4"]
+    needed = {Path(f"runs/{run}/{name}") for run in ("r", "r-seed4") for name in ("best", "evaluate")}
+    assert last["r/report"].needs == needed
+
+
+def test_only_names_a_step_of_one_round_or_of_all() -> None:
+    def labels(only: str) -> list[list[str]]:
+        return [list(part) for part in planned("pipeline=smoke", "run=r", "rounds=2", f"only=[{only}]")]
+
+    assert labels("dpo") == [[], ["r/round1_dpo"], ["r/round2_dpo"], []]
+    assert labels("sft,round2_dpo,best") == [["r/sft"], [], ["r/round2_dpo"], ["r/best"]]
+
+
+LAST = "only=[best,evaluate]"
 
 
 @pytest.mark.parametrize(
@@ -131,21 +154,26 @@ def test_replicates_have_rounds_of_their_own_and_only_names_steps_of_one_or_of_a
     [
         (["rounds=-1"], "rounds=-1: must be 0 or more"),
         (["pipeline=demo", "rounds=2"], "rounds=2: this pipeline has no round.steps to repeat"),
-        (["rounds=1", "round.steps=[sft_best,dpp]"], r"round.steps: no step named 'dpp' (did you mean 'dpo'?)"),
+        (["rounds=1", "round.steps=[sft_best,dpp]"], "round.steps: no step named 'dpp' (did you mean 'dpo'?)"),
         (["rounds=1", "round.start=sfd"], "round.start: no step named 'sfd' (did you mean 'sft'?)"),
-        (["rounds=1", "round.evaluation=[]"], "round.evaluation: give data.path=..."),
-        ([*QWEN, "rounds=1"], "round.evaluation: data.path=none. Rounds are decided on questions of their own"),
-        (["rounds=1", "round.evaluation=['data.path={held_out}']"], "step 'evaluate' reports on the same rows"),
+        (["rounds=1", "round.evaluation=[]", LAST], "round.evaluation: give data.path=..."),
+        ([*QWEN, "rounds=1", LAST], "round.evaluation: data.path=none. Rounds are decided on questions of their own"),
+        (["rounds=1", "round.evaluation=['data.path={held_out}']", LAST], "step 'evaluate' reports on the same rows"),
         (
-            ["rounds=1", "variables.held_out=gone.jsonl"],
-            "round0_evaluate: data.path=gone.jsonl: no such file or folder",
+            ["rounds=1", "round.evaluation=['data.path=gone.jsonl']", LAST],
+            "gone.jsonl: no such file",
         ),
-        (["rounds=1", "steps.sft.overrides=['data.path={dpo}/x.jsonl']"], "steps.sft: {dpo} is a folder in each round"),
-        (["rounds=1", "steps.evaluate.overrides=['models={x: {dpo}/adapter}']"], "steps.evaluate: {dpo} is a folder"),
-        (["rounds=1", "steps.sft.each_round=['seed=2']"], "steps.sft.each_round: the step comes before the rounds"),
-        (["rounds=2", "steps.dpo.advance={seed: 1}"], "steps.dpo.advance: its overrides must give seed a whole number"),
+        (
+            ["rounds=1", "steps.sft.overrides=['data.path={dpo}/x']", "only=[sft]"],
+            "steps.sft: {dpo} is a",
+        ),
+        (["rounds=1", "steps.report.overrides=['run_dir={dpo}']", "only=[report]"], "steps.report: {dpo} is a folder"),
+        (["rounds=1", "steps.sft.each_round=['seed=2']", "only=[sft]"], "steps.sft.each_round: the step comes before"),
+        (
+            ["rounds=2", "steps.dpo.advance={seed: 1}", "only=[dpo]"],
+            "steps.dpo.advance: its overrides",
+        ),
         (["rounds=1", "only=[round2_dpo]"], "only: no step named 'round2_dpo'"),
-        (["steps.best={stage: select}"], "steps.best: {best} means something else in overrides"),
     ],
 )
 def test_rounds_that_cannot_be_are_refused_before_anything_runs(
@@ -256,10 +284,6 @@ def test_evaluations_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
 
 # -- running ----------------------------------------------------------------------------------------------------------
 
-OUTPUTS = {"expand": ["expanded.jsonl"], "select": ["selected.jsonl"], "sample": ["completions.jsonl"],
-           "judge": ["scored.jsonl"], "rejection_sampling": ["best.jsonl", "pairs.jsonl", "scored.jsonl"],
-           "reward": ["adapter"], "sft": ["adapter"], "dpo": ["adapter"]}  # fmt: skip
-
 
 class Pretended:
     """Steps that only leave files. The models answer so many of 40 questions right, by run and name."""
@@ -291,14 +315,11 @@ class Pretended:
 
     def write(self, step: Step) -> None:
         with Artifact.open(step.stage, step.config) as artifact:
-            for name in OUTPUTS.get(step.stage, []):
-                if name == "adapter":
-                    with artifact.output(name) as folder:
-                        folder.mkdir()
-                        (folder / "weights").write_text(step.label, encoding="utf-8")
-                else:
-                    artifact.write_text(name, json.dumps({"id": "q", "prompt": [{"content": step.label}]}) + "\n")
-            if step.stage == "evaluate":
+            if step.stage != "evaluate":
+                with artifact.output("adapter") as folder:
+                    folder.mkdir()
+                    (folder / "weights").write_text(step.label, encoding="utf-8")
+            else:
                 config: Any = step.config
                 models = [name for name, adapter in config.models.items() if adapter is not None]
                 by_model = [answers(name, self.right[config.run][name]) for name in models]
@@ -325,12 +346,29 @@ def pretend(
     }
     pretended = Pretended(right)
     monkeypatch.setattr(steps, "_start", pretended.start)
+    monkeypatch.setattr(steps, "load_config", composed)
     monkeypatch.chdir(folder)
+    (folder / "rows.jsonl").write_text('{"id": "a"}\n', encoding="utf-8")
     return pretended
 
 
+@cache
+def _composed(stage: str, overrides: tuple[str, ...]) -> Any:
+    return load_config(stage, overrides)
+
+
+def composed(stage: str, overrides: Sequence[str]) -> Any:
+    """A stage's configuration, which is the same for the same overrides: composing it takes most of a plan's time."""
+    return _composed(stage, tuple(overrides))
+
+
 def rounds(*overrides: str) -> int:
-    return run_command("pipeline", ["pipeline=smoke", "run=r", "workers=1", *overrides])
+    """A small pipeline with rounds: each is an SFT and a DPO."""
+    without = ("expand", "select", "questions", "sample", "judge", "reward", "rejection_sampling")
+    given = ["pipeline=smoke", "run=r", "round.steps=[sft_best,dpo]", *(f"~steps.{name}" for name in without)]
+    starts = {"sft": "", "sft_best": ",'init_adapter={previous}'", "dpo": ",'init_adapter={sft_best}/adapter'"}
+    given += [f"steps.{name}.overrides=['data.path=rows.jsonl'{start}]" for name, start in starts.items()]
+    return run_command("pipeline", [*given, *overrides])
 
 
 def manifest(folder: str) -> dict[str, Any]:
@@ -376,17 +414,17 @@ def test_what_was_kept_knows_its_training_data_and_the_questions_that_chose_it(
     assert manifest("r/best")["metrics"]["kept"] == "round0"
     assert Path("runs/r/best/adapter/weights").read_text() == "r/sft"
     found = find_leakage([], ["runs/r/best/adapter"])
-    assert "runs/r/round1_rejection_sampling/best.jsonl" in found.files | found.unknown
-    assert "runs/r/round1_evaluate/predictions.jsonl" in found.files
-    from alignkit.core.lineage import lineage
-
-    assert any("select" in line for line in lineage("runs/r/best/adapter"))
+    chosen_by = {f"runs/r/round{number}_evaluate/predictions.jsonl" for number in (0, 1)}
+    assert (found.files | found.unknown, found.unknown & chosen_by) == ({"rows.jsonl", *chosen_by}, set())
+    traced = "\n".join(lineage("runs/r/best/adapter"))
+    assert "rows.jsonl" in traced
+    assert "keep_best" in traced
 
 
 def test_rounds_continue_where_they_were_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two rounds, and in the middle of one: what is finished is not begun again, and decided alike."""
     pretended = pretend(monkeypatch, tmp_path, [5, 20, 35, 36])
-    for stop_at in ("r/round2_rejection_sampling", "r/round3_dpo"):
+    for stop_at in ("r/round2_sft_best", "r/round3_dpo"):
         pretended.stop_at = stop_at
         assert rounds("rounds=3") == 130
     pretended.stop_at = None
@@ -406,7 +444,7 @@ def test_more_rounds_can_be_asked_for_later(tmp_path: Path, monkeypatch: pytest.
     before = len(pretended.started)
     assert rounds("rounds=2") == 0
     assert pretended.started[before:] == [
-        *(f"r/round2_{name}" for name in ("rejection_sampling", "sft_best", "dpo", "evaluate")),
+        *(f"r/round2_{name}" for name in ("sft_best", "dpo", "evaluate")),
         "r/best", "r/evaluate", "r/report"]  # fmt: skip
     assert manifest("r/best")["metrics"]["kept"] == "round2"
 
@@ -426,7 +464,7 @@ def test_each_seed_ends_its_rounds_for_itself_and_the_report_shows_them_all(
     assert found["Round 2"][1] == "97.5"
     assert next(line for line in lines if line.startswith("Round 2: DPO ")).split("]")[0].count("-") == 1
     kept = next(line for line in lines if line.startswith("Kept of all rounds ")).replace("Kept of all rounds", "")
-    assert [part.split("[")[0].strip() for part in kept.split("]")][:3] == ["25.0", "97.5", "61.2"]
+    assert [part.split("[")[0].strip() for part in kept.split("]")][:3] == ["25.0", "97.5", "61.3"]
     assert lines[-2].startswith("seed 1 kept round0: ")
     assert lines[-1] == "seed 2 kept round2: every round helped, and no more were asked for"
     page = Path("runs/r/report/report.html").read_text(encoding="utf-8")
@@ -435,8 +473,7 @@ def test_each_seed_ends_its_rounds_for_itself_and_the_report_shows_them_all(
 
 def test_without_an_evaluation_no_further_round_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretended = pretend(monkeypatch, tmp_path, [5, 20, 35])
-    first = "expand,select,questions,sft,sample,judge,reward,rejection_sampling,sft_best,dpo"
-    assert rounds("rounds=2", f"only=[{first}]") == 0
+    assert rounds("rounds=2", "only=[sft,sft_best,dpo]") == 0
     assert "r/round1_dpo" in pretended.started
     assert "r/round2_dpo" not in pretended.started
 
@@ -444,15 +481,15 @@ def test_without_an_evaluation_no_further_round_is_begun(tmp_path: Path, monkeyp
 def test_two_rounds_of_real_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: list[str]) -> None:  # noqa: F811
     """The smallest there are, the grader in the reward model's place: as many rounds run as their gains allow."""
     monkeypatch.chdir(tmp_path)
-    short = "sampling.max_new_tokens=12]"
-    asked = "'data.path={questions}/expanded.jsonl', data.limit=16, 'adapter={previous}'"
-    held_out = "'data.path={held_out}', data.limit=20, judge=false"
+    short = "'sampling.max_new_tokens=12']"
+    asked = "'data.path={questions}/expanded.jsonl', 'data.limit=16', 'adapter={previous}'"
+    held_out = "'data.path={held_out}', 'data.limit=20', 'judge=false'"
     given = [
-        *("~steps.sample", "~steps.judge", "~steps.reward", "steps.sft.overrides=[train.max_steps=1]"),
-        f"steps.rejection_sampling.overrides=[{asked}, scorer=judge, sampling.n=4, {short}",
+        *("~steps.sample", "~steps.judge", "~steps.reward", "steps.sft.overrides=['train.max_steps=1']"),
+        f"steps.rejection_sampling.overrides=[{asked}, 'scorer=judge', 'sampling.n=4', {short}",
         f"steps.evaluate.overrides=[{held_out}, {short}",
     ]
-    assert rounds("rounds=2", *given) == 0
+    assert run_command("pipeline", ["pipeline=smoke", "run=r", "rounds=2", "workers=1", *given]) == 0
     best = manifest("r/best")["metrics"]
     helped = [each["helped"] for each in best["policies"][1:]]
     ran = sum(label.endswith("_dpo") for label in inside)

@@ -47,6 +47,7 @@ from alignkit.core.plan import (
     plan_round,
     plan_step,
     predictions,
+    wanted,
 )
 from alignkit.core.steps import Step, connect, describe, execute, require_sources
 
@@ -62,7 +63,6 @@ class PipelineConfig(PlanConfig):
     replicates: list[int] = field(default_factory=list)
     """Further seeds with which everything is repeated, in runs/<run>-seed<k>."""
     workers: int = 1
-    only: list[str] = field(default_factory=list)
 
 
 def run(config: PipelineConfig) -> Artifact:
@@ -101,21 +101,22 @@ def plan(config: PipelineConfig) -> list[list[Step]]:
     check(config)
     runs = seeds(config)
     first = [plan_step(own, name, also=others(config, name)) for name, own in repeated(config, first_steps(config))]
-    parts = [chosen(config, first)]
+    parts = [connected(config, first)]
     for number in range(1, config.rounds + 1):
         side_by_side = zip(*(plan_round(own, number) for own in runs), strict=True)
-        parts.append(chosen(config, [step for steps in side_by_side for step in steps]))
+        parts.append(connected(config, [step for steps in side_by_side for step in steps]))
     if config.rounds:
         parts.append(plan_last(config, {own.run: config.rounds for own in runs}))
-        check_evaluation(next(plan_round(config, 1)), parts[-1])
+        check_evaluation(parts[1], parts[-1])
     return parts
 
 
 def plan_last(config: PipelineConfig, ran: Mapping[str, int]) -> list[Step]:
     """The steps behind the rounds, of which each seed's run has made so many."""
-    best = [plan_best(own, ran[own.run]) for own in seeds(config)]
+    best = [plan_best(own, ran[own.run]) for own in seeds(config) if wanted(config, "best")]
     names = repeated(config, last_steps(config))
-    return chosen(config, [*best, *(plan_step(own, name, ran[own.run], others(config, name)) for name, own in names)])
+    last = [plan_step(own, name, ran[own.run], others(config, name)) for name, own in names]
+    return connected(config, [*best, *last])
 
 
 def in_turn(config: PipelineConfig, planned: Sequence[list[Step]]) -> Iterator[list[Step]]:
@@ -135,11 +136,11 @@ def helped(config: PlanConfig, number: int) -> bool:
     """Whether a round's gain is above zero, which it also says; False without an evaluation to tell it."""
     from alignkit.evaluation.rounds import compare_policies, in_words, read_answers
 
-    files = [Path(predictions(config, each)) for each in range(number + 1)]
+    files = [Path(predictions(config, each)) for each in (number - 1, number)]
     if not all(file.is_file() for file in files):
         return False
-    names = [f"round{each}" for each in range(number + 1)]
-    last = compare_policies(read_answers(files), names, config.round.score, config.seed)[-1]
+    names = [f"round{number - 1}", f"round{number}"]
+    _, last = compare_policies(read_answers(files), names, config.round.score, config.seed)
     print(f"{config.run}: {in_words(last, config.round.score)}", flush=True)
     return bool(last.helped)
 
@@ -152,8 +153,7 @@ def seeds(config: PipelineConfig) -> list[PipelineConfig]:
 
 def repeated(config: PipelineConfig, names: Sequence[str]) -> list[tuple[str, PipelineConfig]]:
     """Each of the steps with the seeds that it is run with: side by side, so that they end together."""
-    wanted = [name for name in names if not config.only or name in config.only]
-    return [(name, own) for name in wanted for own in seeds(config) if own is config or name not in config.once]
+    return [(name, own) for name in names for own in seeds(config) if own is config or name not in config.once]
 
 
 def others(config: PipelineConfig, name: str) -> list[str]:
@@ -164,13 +164,8 @@ def others(config: PipelineConfig, name: str) -> list[str]:
     return [f"replicates=[{folders}]"]
 
 
-def chosen(config: PipelineConfig, steps: Sequence[Step]) -> list[Step]:
-    """Those of the steps that `only` names, by their own name or without that of the round.
-
-    Each waits for those that it reads from, and a step of `once` for all others.
-    """
-    names = {*config.only}
-    steps = [step for step in steps if not names or names & {step.name, re.sub(r"^round\d+_", "", step.name)}]
+def connected(config: PipelineConfig, steps: list[Step]) -> list[Step]:
+    """The steps, each waiting for those that it reads from, and a step of `once` for all others."""
     connect(steps)
     for step in steps:
         if step.name in config.once:

@@ -65,6 +65,8 @@ class PlanConfig(StageConfig):
     rounds: int = 0
     """Most rounds to run; 0 runs each step once. Rounds end with the first whose gain is not above zero."""
     round: RoundConfig = field(default_factory=RoundConfig)
+    only: list[str] = field(default_factory=list)
+    """Names of the steps to run; none given: all. `dpo` is that of every round, `round2_dpo` that of one."""
 
     def __post_init__(self) -> None:
         """Raise `UserError` for rounds that cannot be made."""
@@ -81,16 +83,20 @@ class PlanConfig(StageConfig):
             raise UserError(f"steps.{taken[0]}: {{{taken[0]}}} means something else in overrides; rename the step")
 
 
+def wanted(config: PlanConfig, step: str) -> bool:
+    """Whether `only` lets a step be run."""
+    return not config.only or not {step, re.sub(r"^round\d+_", "", step)}.isdisjoint(config.only)
+
+
 def first_steps(config: PlanConfig) -> list[str]:
-    """Names of the steps before the rounds; without rounds, of all."""
-    later = {*config.round.steps, *last_steps(config)} if config.rounds else set()
-    return [name for name in config.steps if name not in later]
+    """Names of the wanted steps before the rounds; without rounds, of all."""
+    later = {*config.round.steps, *_behind(config)} if config.rounds else set()
+    return [name for name in config.steps if name not in later and wanted(config, name)]
 
 
 def last_steps(config: PlanConfig) -> list[str]:
-    """Names of the steps behind the rounds."""
-    names = list(config.steps)
-    return names[max(names.index(name) for name in config.round.steps) + 1 :] if config.rounds else []
+    """Names of the wanted steps behind the rounds."""
+    return [name for name in _behind(config) if wanted(config, name)]
 
 
 def plan_step(config: PlanConfig, name: str, ran: int = 0, also: Sequence[str] = ()) -> Step:
@@ -105,17 +111,17 @@ def plan_step(config: PlanConfig, name: str, ran: int = 0, also: Sequence[str] =
         overrides += [fill(each, _fillings(config, number)) for each in entry.each_round]
     for each in overrides:
         if asked := [step for step in config.round.steps if f"{{{step}}}" in each]:
-            raise UserError(
-                f"steps.{name}: {{{asked[0]}}} is a folder in each round: use each_round, or {{best}}"
-            )
+            raise UserError(f"steps.{name}: {{{asked[0]}}} is a folder in each round: use each_round, or {{best}}")
     return _make(config, name, entry.stage, [*overrides, *also])
 
 
 def plan_round(config: PlanConfig, number: int) -> Iterator[Step]:
-    """The steps of one round, with the evaluation that ends it; with the first, that of what it starts from."""
-    if number == 1:
-        yield _evaluation(config, 0)
+    """The wanted steps of one round, and the evaluation that ends it; with the first, that of what it starts from."""
+    if number == 1 and wanted(config, "round0_evaluate"):
+        yield plan_evaluation(config, 0)
     for name in config.round.steps:
+        if not wanted(config, f"round{number}_{name}"):
+            continue
         entry, fillings = config.steps[name], _fillings(config, number)
         overrides = [fill(each, fillings) for each in [*entry.overrides, *entry.each_round]]
         for key, by in entry.advance.items():
@@ -125,7 +131,17 @@ def plan_round(config: PlanConfig, number: int) -> Iterator[Step]:
                 files = [f"{_folder(config, f'round{earlier}_{name}')}/{file}" for earlier in range(1, number)]
                 overrides.append(f"{key}=[{', '.join(files)}]")
         yield _make(config, f"round{number}_{name}", entry.stage, overrides)
-    yield _evaluation(config, number)
+    if wanted(config, f"round{number}_evaluate"):
+        yield plan_evaluation(config, number)
+
+
+def plan_evaluation(config: PlanConfig, number: int) -> Step:
+    """The evaluation of one round's policy. Each is examined once; `keep_best` pairs its answers with the others'."""
+    if not any(each.startswith("data.path=") for each in config.round.evaluation):
+        raise UserError("round.evaluation: give data.path=..., the questions that decide how many rounds help")
+    given = [fill(each, _fillings(config, number)) for each in config.round.evaluation]
+    models = ["models.base=null", f"models.round{number}={_policy(config, number)}"]
+    return _make(config, f"round{number}_evaluate", "evaluate", [*given, *models])
 
 
 def plan_best(config: PlanConfig, ran: int) -> Step:
@@ -136,15 +152,18 @@ def plan_best(config: PlanConfig, ran: int) -> Step:
     return _make(config, "best", "keep_best", [score, *policies, f"evaluations=[{evaluations}]"])
 
 
-def check_evaluation(round_evaluation: Step, others: Sequence[Step]) -> None:
-    """Raise `UserError` when rounds cannot be decided by their evaluation, or by the questions of another one."""
-    config: Any = round_evaluation.config
+def check_evaluation(steps: Sequence[Step], later: Sequence[Step]) -> None:
+    """Raise `UserError` when a round's evaluation has no questions of its own, but those of one behind the rounds."""
+    evaluations = [step for step in steps if step.stage == "evaluate"]
+    if not evaluations:
+        return
+    config: Any = evaluations[0].config
     if config.data.path == "none":
         raise UserError(
             "round.evaluation: data.path=none. Rounds are decided on questions of their own, other than the held-out "
             "ones; a pipeline with variables.development takes them there"
         )
-    for other in others:
+    for other in later:
         theirs: Any = other.config
         if other.stage == "evaluate" and config.data.path == theirs.data.path and _overlap(config.data, theirs.data):
             raise UserError(
@@ -199,13 +218,9 @@ def _folder(config: PlanConfig, step: str) -> str:
     return f"runs/{config.run}/{step}"
 
 
-def _evaluation(config: PlanConfig, number: int) -> Step:
-    """The evaluation of one round's policy. Each is examined once; `keep_best` pairs its answers with the others'."""
-    if not any(each.startswith("data.path=") for each in config.round.evaluation):
-        raise UserError("round.evaluation: give data.path=..., the questions that decide how many rounds help")
-    given = [fill(each, _fillings(config, number)) for each in config.round.evaluation]
-    models = ["models.base=null", f"models.round{number}={_policy(config, number)}"]
-    return _make(config, f"round{number}_evaluate", "evaluate", [*given, *models])
+def _behind(config: PlanConfig) -> list[str]:
+    names = list(config.steps)
+    return names[max(names.index(name) for name in config.round.steps) + 1 :] if config.rounds else []
 
 
 def _make(config: PlanConfig, name: str, stage: str, overrides: Sequence[str]) -> Step:
