@@ -24,6 +24,7 @@ from alignkit.evaluation.leakage import find_leakage
 from alignkit.evaluation.predictions import Prediction, compare, score_answer, summarise
 from alignkit.evaluation.rounds import compare_policies, decide, in_words, read_answers
 from alignkit.pipeline import plan
+from alignkit.reporting.model_card import _stages
 
 QWEN = ["pipeline=qwen7b", "run=r", "variables.teacher_model=m", "variables.held_out=t.jsonl"]
 
@@ -416,6 +417,7 @@ def test_what_was_kept_knows_its_training_data_and_the_questions_that_chose_it(
     found = find_leakage([], ["runs/r/best/adapter"])
     chosen_by = {f"runs/r/round{number}_evaluate/predictions.jsonl" for number in (0, 1)}
     assert (found.files | found.unknown, found.unknown & chosen_by) == ({"rows.jsonl", *chosen_by}, set())
+    assert [origin.folder.name for origin in _stages("runs/r/best/adapter")] == ["sft"]
     traced = "\n".join(lineage("runs/r/best/adapter"))
     assert "rows.jsonl" in traced
     assert "keep_best" in traced
