@@ -156,6 +156,7 @@ LAST = "only=[best,evaluate]"
         (["rounds=-1"], "rounds=-1: must be 0 or more"),
         (["pipeline=demo", "rounds=2"], "rounds=2: this pipeline has no round.steps to repeat"),
         (["rounds=1", "round.steps=[sft_best,dpp]"], "round.steps: no step named 'dpp' (did you mean 'dpo'?)"),
+        (["rounds=1", "round.steps=[dpo,dpo]"], "each step is repeated once a round"),
         (["rounds=1", "round.start=sfd"], "round.start: no step named 'sfd' (did you mean 'sft'?)"),
         (["rounds=1", "round.evaluation=[]", LAST], "round.evaluation: give data.path=..."),
         ([*QWEN, "rounds=1", LAST], "round.evaluation: data.path=none. Rounds are decided on questions of their own"),

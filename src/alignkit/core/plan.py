@@ -79,6 +79,8 @@ class PlanConfig(StageConfig):
             for name in names:
                 if name not in self.steps:
                     raise UserError(f"{key}: no step named {name!r}{nearest(name, list(self.steps))}")
+        if len(set(self.round.steps)) < len(self.round.steps):
+            raise UserError(f"round.steps={self.round.steps}: each step is repeated once a round; name it once")
         if taken := sorted({"run", "round", "previous", "best", *self.variables} & self.steps.keys()):
             raise UserError(f"steps.{taken[0]}: {{{taken[0]}}} means something else in overrides; rename the step")
 

@@ -64,10 +64,10 @@ def compare_policies(rows: Sequence[Prediction], names: Sequence[str], score: Sc
     found = []
     for before, name in zip([None, *names], names, strict=False):
         scores = summarise(rows, name, seed)
-        gains = compare(rows, name, before, seed) if before else None
-        if score.name not in scores or (gains is not None and score.name not in gains):
+        gains = compare(rows, name, before, seed) if before else {}
+        if score.name not in scores or (before and score.name not in gains):
             raise UserError(f"score={score.name}: the evaluation of {name} has none; it needs judge=true")
-        found.append(PolicyResult(name, scores[score.name], before, gains and gains[score.name]))
+        found.append(PolicyResult(name, scores[score.name], before, gains.get(score.name)))
     return found
 
 
