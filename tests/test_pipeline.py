@@ -15,6 +15,7 @@ from smoke import ENVIRONMENT, pipeline
 
 from alignkit.core.app import load_config
 from alignkit.core.errors import UserError
+from alignkit.core.steps import Step
 from alignkit.pipeline import plan
 
 STEPS = ["expand", "select", "questions", "sft", "sample", "judge", "reward", "rejection_sampling", "sft_best", "dpo",
@@ -23,8 +24,14 @@ FAST = ["only=[expand,select,questions]"]
 """Steps without torch."""
 
 
+def steps_of(*overrides: str) -> list[Step]:
+    """The steps of a pipeline without rounds."""
+    (steps,) = plan(load_config("pipeline", list(overrides)))
+    return steps
+
+
 def needs(*overrides: str) -> dict[str, set[str]]:
-    steps = plan(load_config("pipeline", list(overrides)))
+    steps = steps_of(*overrides)
     return {step.label: {f"{folder.parent.name}/{folder.name}" for folder in step.needs} for step in steps}
 
 
@@ -42,22 +49,20 @@ def test_replicates_read_their_own_files_and_the_report_waits_for_all() -> None:
     assert found["r-seed5/preference_pairs"] == {f"r-seed5/{name}" for name in ("questions", "sft_best", "reward")}
     assert "r-seed5/report" not in found
     assert found["r/report"] == set(found) - {"r/report"}
-    seeds = {
-        step.label: step.config.seed for step in plan(load_config("pipeline", ["run=r", "seed=3", "replicates=[5]"]))
-    }
+    seeds = {step.label: step.config.seed for step in steps_of("run=r", "seed=3", "replicates=[5]")}
     assert (seeds["r/sft"], seeds["r-seed5/sft"]) == (3, 5)
 
 
 def test_the_report_shows_exactly_the_replicates() -> None:
-    steps = {step.label: step.config for step in plan(load_config("pipeline", ["run=r", "replicates=[4,7]"]))}
+    steps = {step.label: step.config for step in steps_of("run=r", "replicates=[4,7]")}
     assert steps["r/report"].replicates == ["runs/r-seed4", "runs/r-seed7"]  # type: ignore[attr-defined]
-    alone = plan(load_config("pipeline", ["run=r", "replicates=[]"]))[-1]
+    alone = steps_of("run=r", "replicates=[]")[-1]
     assert alone.config.replicates == []  # type: ignore[attr-defined]
 
 
 def test_variables_may_hold_any_path_and_seeds_must_differ(tmp_path: Path) -> None:
     odd = "my files (1), part=2.jsonl"
-    steps = plan(load_config("pipeline", ["pipeline=demo", f'variables.held_out="{odd}"', "replicates=[]"]))
+    steps = steps_of("pipeline=demo", f'variables.held_out="{odd}"', "replicates=[]")
     assert next(step for step in steps if step.name == "evaluate").config.data.path == odd  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="seeds must differ"):
         needs("seed=2", "replicates=[2]")
@@ -66,14 +71,14 @@ def test_variables_may_hold_any_path_and_seeds_must_differ(tmp_path: Path) -> No
 
 
 def test_the_demo_controls_have_as_many_steps_as_what_they_control() -> None:
-    steps = {step.name: step.config for step in plan(load_config("pipeline", ["pipeline=demo", "replicates=[]"]))}
+    steps = {step.name: step.config for step in steps_of("pipeline=demo", "replicates=[]")}
     for stage, control in (("sft_best", "sft_control"), ("dpo", "dpo_control"), ("sft_best", "sft_grader")):
         assert steps[stage].train.max_steps == steps[control].train.max_steps > 0  # type: ignore[attr-defined]
 
 
 def test_the_qwen_pipeline_gives_model_hardware_and_teacher_to_the_stages_that_have_them() -> None:
     given = ["pipeline=qwen7b", "variables.teacher_model=some-model", "variables.held_out=held_out.jsonl"]
-    steps = {step.name: step.config for step in plan(load_config("pipeline", given))}
+    steps = {step.name: step.config for step in steps_of(*given)}
     assert steps["sft"].model.name == "qwen7b"  # type: ignore[attr-defined]
     assert steps["sft"].train.gradient_accumulation == 8  # type: ignore[attr-defined]
     assert steps["judge"].teacher.model == "some-model"  # type: ignore[attr-defined]

@@ -58,7 +58,7 @@ def test_the_command_that_needs_a_teacher_and_a_gpu_is_planned() -> None:
     assert len(blocks) == 1
     words = shlex.split(blocks[0].replace("\\\n", " ").replace("<model>", "some-model"))
     overrides = words[words.index("alignkit.pipeline") + 1 :]
-    steps = {step.name: step.config for step in plan(load_config("pipeline", overrides))}
+    steps = {step.name: step.config for part in plan(load_config("pipeline", overrides)) for step in part}
     assert steps["expand"].data.path == "my_seeds.jsonl"  # type: ignore[attr-defined]
     assert steps["judge"].teacher.model == "some-model"  # type: ignore[attr-defined]
     assert steps["dpo"].model.name == "qwen7b"  # type: ignore[attr-defined]

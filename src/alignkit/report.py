@@ -60,6 +60,7 @@ def run(config: ReportConfig) -> Artifact:
     """Read the runs, pool their evaluations, write the page."""
     from alignkit.reporting.held_out import Roles, read_held_out
     from alignkit.reporting.page import render_page
+    from alignkit.reporting.rounds import read_rounds
     from alignkit.reporting.runs import read_run
     from alignkit.reporting.text import render_text
 
@@ -68,10 +69,10 @@ def run(config: ReportConfig) -> Artifact:
         if artifact.up_to_date:
             return artifact
         roles = Roles(config.evaluation, config.titles, config.controls, config.upper_bounds)
-        held_out = read_held_out(runs, roles)
-        artifact.write_text("report.html", render_page(runs, held_out))
+        held_out, rounds = read_held_out(runs, roles), read_rounds(runs)
+        artifact.write_text("report.html", render_page(runs, held_out, rounds))
         if held_out:
-            artifact.write_text("figures.txt", render_text(held_out))
+            artifact.write_text("figures.txt", render_text(held_out, rounds))
         artifact.metrics = {
             "runs": len(runs),
             "steps": sum(len(each.steps) for each in runs),

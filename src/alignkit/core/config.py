@@ -69,6 +69,14 @@ class Keep(Enum):
     best = "best"
 
 
+class Score(Enum):
+    """What tells models apart on held-out questions: exact match, word F1, or the teacher's grade."""
+
+    exact_match = "exact_match"
+    token_f1 = "token_f1"
+    judge = "judge"
+
+
 class TeacherMode(Enum):
     """Who answers: the embedded rule-based teacher of the closed world, or an OpenAI-compatible server.
 

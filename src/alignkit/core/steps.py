@@ -25,7 +25,7 @@ from alignkit.core.artifact import Artifact, input_paths, read_manifest
 from alignkit.core.config import StageConfig
 from alignkit.core.errors import UserError
 from alignkit.core.fork_server import ForkedProcess, can_fork
-from alignkit.core.manifest import replace_text
+from alignkit.core.manifest import is_hub_name, replace_text
 from alignkit.core.process import PARENT
 
 
@@ -68,6 +68,16 @@ def connect(steps: Sequence[Step]) -> None:
         paths = [Path(path) for _, path in input_paths(step.config)]
         step.needs = {folder for folder in folders for path in paths if path == folder or folder in path.parents}
         step.needs.discard(step.folder)
+
+
+def require_sources(steps: Sequence[Step]) -> None:
+    """Raise `UserError` for an input that neither exists nor will be written by one of the steps."""
+    folders = {step.folder for step in steps}
+    for step in steps:
+        for key, path in input_paths(step.config):
+            written = folders & {Path(path), *Path(path).parents}
+            if not written and not Path(path).exists() and not is_hub_name(path):
+                raise UserError(f"step {step.label}: {key}={path}: no such file or folder")
 
 
 def settings(key: str, value: Any) -> list[str]:

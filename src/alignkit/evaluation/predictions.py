@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from alignkit.core.errors import UserError
 from alignkit.core.records import Row
 from alignkit.data.words import words
 from alignkit.evaluation.metrics import exact_match, token_f1, verdict_is_right
@@ -44,6 +46,15 @@ class Prediction(Row):
     level: str | None = None
     held_out_name: bool | None = None
     answers: dict[str, ModelAnswer]
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """The predictions that an `evaluate` step wrote. Raises `UserError` for a file that is not one."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return [Prediction.model_validate_json(line) for line in file if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not the predictions of alignkit evaluate ({str(error).splitlines()[0]})") from error
 
 
 def score_answer(text: str, reference: str, *, finished: bool, judge: float | None = None) -> ModelAnswer:

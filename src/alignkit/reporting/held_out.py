@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from alignkit.evaluation.predictions import TAGS, ModelAnswer, Prediction, compare
+from alignkit.evaluation.predictions import TAGS, ModelAnswer, Prediction, compare, read_predictions
 from alignkit.evaluation.statistics import Estimate, bootstrap_mean
-from alignkit.reporting.runs import Run, read_predictions
+from alignkit.reporting.runs import Run, Step
+
+KEPT = "kept"
+"""What the report calls the policy that was kept of several rounds, beside its name in its round."""
 
 Role = Literal["stage", "control", "upper bound", "against control"]
 
@@ -72,8 +76,9 @@ class HeldOut:
 
     @property
     def models(self) -> list[str]:
-        """All models of the first run, in its order."""
-        return list(self.metrics[0]["models"])
+        """All models, in the order of the first run that has them; what was kept of several rounds stands last."""
+        found = list(dict.fromkeys(name for metrics in self.metrics for name in metrics["models"]))
+        return sorted(found, key=lambda name: name == KEPT)
 
     @property
     def ladder(self) -> list[str]:
@@ -82,7 +87,10 @@ class HeldOut:
         return [name for name in self.models if name not in beside]
 
     def title(self, model: str) -> str:
-        """What the page calls a model."""
+        """What the page calls a model; `round2_dpo`, unless it has a title of its own, by that of `dpo`."""
+        of_round = re.fullmatch(r"round(\d+)_(.+)", model)
+        if of_round and model not in self.roles.titles:
+            return f"Round {of_round[1]}: {self.title(of_round[2])}"
         return self.roles.titles.get(model, model)
 
     def colour(self, model: str) -> str:
@@ -116,8 +124,9 @@ class HeldOut:
 
     @cached_property
     def gains(self) -> list[Gain]:
-        """Every comparison of the first run, and each stage against the control that started where it did."""
-        pairs = [(entry["new"], entry["old"]) for entry in self.metrics[0]["comparisons"]]
+        """Every comparison of any run, and each stage against the control that started where it did."""
+        compared = [(entry["new"], entry["old"]) for metrics in self.metrics for entry in metrics["comparisons"]]
+        pairs = list(dict.fromkeys(compared))
         for control, start in [pair for pair in pairs if pair[0] in self.roles.controls]:
             for stage, old in list(pairs):
                 if old == start and stage in self.ladder and (stage, control) not in pairs:
@@ -130,11 +139,13 @@ class HeldOut:
         table: dict[str, list[tuple[str, int, list[Estimate]]]] = {}
         for tag in TAGS:
             by_value: dict[str, list[Prediction]] = {}
-            for row in self._rows(*self.models):
+            for row in self._rows():
                 if (value := getattr(row, tag)) is not None:
                     by_value.setdefault(str(value), []).append(row)
             for value, rows in by_value.items():
-                estimates = [_exact_match(rows, model) for model in self.models]
+                estimates = [
+                    _exact_match([row for row in rows if model in row.answers], model) for model in self.models
+                ]
                 table.setdefault(tag, []).append((value, len({row.id for row in rows}), estimates))
         return table
 
@@ -167,14 +178,14 @@ class HeldOut:
         return "upper bound" if new in self.roles.upper_bounds else "stage"
 
     def _group(self, row: Prediction) -> str:
-        right = [row.answers[model].exact_match for model in self.ladder]
+        right = [row.answers[model].exact_match for model in self.ladder if model in row.answers]
         if right[-1]:
             return "still right" if right[0] else "improved"
         return "broken" if any(right) else "still wrong"
 
     def _answers(self, row: Prediction) -> list[tuple[list[str], ModelAnswer]]:
         told: list[tuple[list[str], ModelAnswer]] = []
-        for model in self.ladder:
+        for model in [name for name in self.ladder if name in row.answers]:
             answer = row.answers[model]
             if told and told[-1][1].text == answer.text:
                 told[-1][0].append(model)
@@ -194,7 +205,38 @@ def read_held_out(runs: Sequence[Run], roles: Roles) -> HeldOut | None:
     seeds = [run.seed for run, _ in found]
     if len(set(seeds)) < len(seeds):  # the same seed in two folders: the folders tell them apart
         seeds = [run.folder.name for run, _ in found]
-    return HeldOut(roles, seeds, [step.metrics for step in steps], [read_predictions(step) for step in steps])
+    metrics = [step.metrics for step in steps]
+    predictions = [read_predictions(step.folder / "predictions.jsonl") for step in steps]
+    for place, (run, step) in enumerate(found):
+        if kept := kept_model(run, step):
+            metrics[place], predictions[place] = _with_kept(metrics[place], predictions[place], *kept)
+    return HeldOut(roles, seeds, metrics, predictions)
+
+
+def kept_model(run: Run, evaluation: Step) -> tuple[str, str] | None:
+    """What an evaluation calls the policy that was kept of several rounds, and the one that they started from.
+
+    None where there were no rounds, or where the evaluation examined other adapters.
+    """
+    best = next(iter(run.of_stage("keep_best")), None)
+    if best is None:
+        return None
+    names = {path: name for name, path in evaluation.config["models"].items()}
+    policies = best.config["policies"]
+    kept, start = names.get(policies[best.metrics["kept"]]), names.get(next(iter(policies.values())))
+    return (kept, start) if kept and start else None
+
+
+def _with_kept(
+    metrics: dict[str, Any], predictions: list[Prediction], kept: str, start: str
+) -> tuple[dict[str, Any], list[Prediction]]:
+    """An evaluation with the kept policy as a model of its own, compared with where the rounds started."""
+    more = {
+        "models": {**metrics["models"], KEPT: metrics["models"][kept]},
+        "comparisons": [*metrics["comparisons"], {"new": KEPT, "old": start}],
+    }
+    rows = [row.model_copy(update={"answers": {**row.answers, KEPT: row.answers[kept]}}) for row in predictions]
+    return metrics | more, rows
 
 
 def _exact_match(rows: Sequence[Prediction], model: str) -> Estimate:

@@ -195,8 +195,11 @@ def _stages(adapter: str) -> list[Origin]:
     found: list[Origin] = []
     path: Path | None = Path(adapter)
     while path is not None and (origin := origin_of(path)) is not None:
-        found.append(origin)
-        before = [source for entry, source in origin.inputs() if entry["key"] == "init_adapter" and source.exists()]
+        kept = origin.manifest["metrics"].get("kept") if origin.manifest["stage"] == "keep_best" else None
+        if kept is None:
+            found.append(origin)
+        wanted = f"policies.{kept}" if kept else "init_adapter"
+        before = [source for entry, source in origin.inputs() if entry["key"] == wanted and source.exists()]
         path = before[0] if before and len(found) < 20 else None
     return found
 

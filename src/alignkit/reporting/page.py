@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from alignkit.reporting import charts, tables
 from alignkit.reporting.held_out import HeldOut
 from alignkit.reporting.rewards import reward_sections
+from alignkit.reporting.rounds import Rounds
 from alignkit.reporting.runs import Run
 from alignkit.reporting.selection import AUDIT, read_audit, selection_section
 from alignkit.reporting.templating import open_environment, style
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 
-def render_page(runs: Sequence[Run], held_out: HeldOut | None) -> str:
-    """The page for a run and its replicates (`runs[0]` is the run itself); `held_out` is None before any evaluation."""
+def render_page(runs: Sequence[Run], held_out: HeldOut | None, rounds: Rounds | None = None) -> str:
+    """The page for a run and its replicates (`runs[0]` is the run itself).
+
+    `held_out` is None before any evaluation, and `rounds` where there were none.
+    """
     from markupsafe import Markup
 
     run = runs[0]
@@ -28,6 +32,8 @@ def render_page(runs: Sequence[Run], held_out: HeldOut | None) -> str:
             run=run,
             runs=runs,
             held_out=held_out,
+            rounds=rounds,
+            rounds_figure=Markup(rounds.figure()) if rounds else None,
             headline=_headline(held_out) if held_out else None,
             stages=tables.stage_table(run),
             checks=tables.check_table(runs),

@@ -10,7 +10,6 @@ from typing import Any
 
 from alignkit.core.errors import UserError
 from alignkit.core.manifest import MANIFEST, read_manifest
-from alignkit.evaluation.predictions import Prediction
 
 SPINE = ("expand", "select", "sft", "sample", "judge", "reward", "rejection_sampling", "dpo", "evaluate")
 """Stages from the seeds to the examined model; the report says which of them a run lacks."""
@@ -100,16 +99,6 @@ def read_run(folder: Path) -> Run:
     if not steps:
         raise UserError(f"{folder}: no stage has been run here yet (no */{MANIFEST}), so there is nothing to report")
     return Run(folder, _in_order(Run(folder, sorted(steps, key=lambda step: step.manifest["started"]))))
-
-
-def read_predictions(step: Step) -> list[Prediction]:
-    """The predictions that an `evaluate` step wrote. Raises `UserError` for a file that is not one."""
-    path = step.folder / "predictions.jsonl"
-    try:
-        with path.open(encoding="utf-8") as file:
-            return [Prediction.model_validate_json(line) for line in file if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not the predictions of alignkit evaluate ({str(error).splitlines()[0]})") from error
 
 
 def _read_step(folder: Path) -> Step:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from alignkit.evaluation.statistics import Estimate
 from alignkit.reporting.held_out import HeldOut
+from alignkit.reporting.rounds import Rounds
 
 
-def render_text(held_out: HeldOut) -> str:
-    """Exact match of every model and every gain in percentage points, by seed and over all, with 95 % intervals."""
+def render_text(held_out: HeldOut, rounds: Rounds | None = None) -> str:
+    """Exact match of every model and every gain in percentage points, by seed and over all, with 95 % intervals.
+
+    With rounds also each policy's development score, its gain, what was kept and why.
+    """
     seeds = [f"seed {seed}" for seed in held_out.seeds]
     columns = [*seeds, "all seeds"] if len(seeds) > 1 else seeds
     questions = len(held_out.predictions[0])
@@ -20,13 +24,20 @@ def render_text(held_out: HeldOut) -> str:
     for gain in held_out.gains:
         pooled = [gain.pooled["exact_match"]] if len(seeds) > 1 else []
         rows.append((gain.title, [_cell(each, "+") for each in [*gain.estimates, *pooled]], gain.verdict))
+    if rounds:
+        scale = ("%", "percentage points") if rounds.percent else ("0 to 10", "points")
+        heading = f"rounds: development {rounds.score}, {scale[0]}; gain, {scale[1]}"
+        rows.append((heading, [f"seed {seed}" for seed in rounds.seeds], ""))
+        for title, estimates, is_gain in rounds.lines():
+            rows.append((title, [_cell(each, "+" * is_gain, 100 if rounds.percent else 1) for each in estimates], ""))
     width = max(len(title) for title, _, _ in rows)
     lines = [f"{title:{width}s}{''.join(f'{cell:>22s}' for cell in cells)}  {remark}" for title, cells, remark in rows]
-    return "\n".join(line.rstrip() for line in lines) + "\n"
+    endings = rounds.endings if rounds else []
+    return "\n".join(line.rstrip() for line in [*lines, *endings]) + "\n"
 
 
-def _cell(estimate: Estimate | None, sign: str) -> str:
+def _cell(estimate: Estimate | None, sign: str, scale: int = 100) -> str:
     if estimate is None:
         return "-"
-    mean, low, high = (f"{100 * estimate[key]:{sign}.1f}" for key in ("mean", "low", "high"))
+    mean, low, high = (f"{scale * estimate[key]:{sign}.1f}" for key in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
