@@ -30,7 +30,7 @@ CONFIG_FILE = "reward_config.json"
 HEAD_FILE = "value_head.safetensors"
 ADAPTER_FOLDER = "adapter"
 
-CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 16384
+CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 4096
 """Tokens in one forward pass of scoring, padding included: a CPU is fastest while they fit its cache."""
 
 WINDOW = 1024
