@@ -248,6 +248,17 @@ def test_earlier_rows_that_cannot_be_used_are_dropped_or_refused(tmp_path: Path)
         join_earlier(fresh, [str(path)])
 
 
+def test_questions_that_are_asked_twice_are_both_kept(tmp_path: Path) -> None:
+    again = row("b", completion("again", None)).model_copy(update={"prompt": row("a").prompt})
+    fresh = [row("a", completion("new", None)), again]
+    assert join_earlier(fresh, []) == (fresh, [])
+    path = tmp_path / "scored.jsonl"
+    path.write_text(row("a", completion("old", 2.0)).model_dump_json() + "\n", encoding="utf-8")
+    joined, dropped = join_earlier(fresh, [str(path)])
+    assert [[answer.text for answer in each.completions] for each in joined] == [["new", "old"], ["again"]]
+    assert dropped == []
+
+
 def test_greedy_answers_are_compared_but_never_chosen(tmp_path: Path, reward_folder: Path) -> None:
     config = configure(tmp_path, 10, reward=str(reward_folder), greedy=True, grade=True)
     artifact = rejection_sampling.run(config)

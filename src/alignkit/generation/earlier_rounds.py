@@ -14,11 +14,13 @@ def join_earlier(rows: Sequence[CompletionSet], files: Sequence[str]) -> tuple[l
 
     As Llama 2 does from its second round on (Touvron et al., 2023, arXiv 2307.09288, section 3.2.3): prompts of earlier
     rounds that are not among the rows come after them. Only finished answers are taken, each text once, and without
-    their scores: those of another reward model cannot be compared. Raises `UserError` for a file without a usable row.
+    their scores: those of another reward model cannot be compared. Where rows share a prompt the first of them takes
+    the answers. Raises `UserError` for a file without a usable row.
     """
     from alignkit.data.sources import read_completions
 
-    joined = {_key(row.prompt): row for row in rows}
+    joined = list(rows)
+    places = {_key(row.prompt): place for place, row in reversed(list(enumerate(rows)))}
     ids = {row.id for row in rows}
     dropped: list[Dropped] = []
     for path in files:
@@ -29,14 +31,18 @@ def join_earlier(rows: Sequence[CompletionSet], files: Sequence[str]) -> tuple[l
         dropped += unusable
         for row in found:
             key = _key(row.prompt)
-            if key not in joined and row.id in ids:
+            if key not in places and row.id in ids:
                 reason = "keep: another question has this id"
                 dropped.append(Dropped(reason=reason, row=row.model_dump(exclude_none=True), detail=path))
                 continue
-            ids.add(row.id)
-            current = joined.get(key) or row.model_copy(update={"completions": []})
-            joined[key] = current.model_copy(update={"completions": _with(current.completions, row.completions)})
-    return [row for row in joined.values() if row.completions], dropped
+            if key not in places:
+                places[key] = len(joined)
+                joined.append(row.model_copy(update={"completions": []}))
+                ids.add(row.id)
+            current = joined[places[key]]
+            together = _with(current.completions, row.completions)
+            joined[places[key]] = current.model_copy(update={"completions": together})
+    return [row for row in joined if row.completions], dropped
 
 
 def _with(completions: Sequence[Completion], earlier: Sequence[Completion]) -> list[Completion]:
