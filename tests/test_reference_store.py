@@ -30,7 +30,7 @@ from alignkit.core.config import Quantization
 from alignkit.core.errors import UserError
 from alignkit.dpo import DPOConfig, run
 from alignkit.models.loading import load_policy
-from alignkit.training import log_probs, preference
+from alignkit.training import log_probs, preference, reference_store
 from alignkit.training.callbacks import StepReport
 from alignkit.training.fit import fit as original_fit
 from alignkit.training.preference import answers_of, margins
@@ -204,9 +204,33 @@ def test_an_interrupted_run_continues_to_the_same_bytes(
 def test_two_writers_share_a_file(tmp_path: Path) -> None:
     with ReferenceStore(tmp_path / "s.sqlite") as one, ReferenceStore(tmp_path / "s.sqlite") as two:
         one.put({b"a": -1.5, b"b": -2.0})
-        two.put({b"b": -2.0, b"c": -3.25})
+        two.put({b"b": -2.0000001, b"c": -3.25})  # what is there stays
         wanted: Mapping[bytes, float] = {b"a": -1.5, b"b": -2.0, b"c": -3.25}
         assert one.get([b"a", b"b", b"c", b"d"]) == two.get([b"a", b"b", b"c", b"d"]) == wanted
+
+
+def test_what_another_run_has_stored_in_the_meantime_counts(config: DPOConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs that started together: both must go on from the same numbers, and find them again after a kill."""
+    path, original = Path(str(config.reference_store)), reference_store.answer_log_probs
+
+    def meanwhile(trainer: Any, answers: Any, *arguments: Any) -> list[float]:
+        if not answers:
+            return []
+        found = original(trainer, answers, "the other run")
+        with ReferenceStore(path) as store:
+            store.put({answer_key(key, answers[0]): found[0] + 1e-6})
+        return original(trainer, answers, *arguments)
+
+    with Artifact.open("dpo", config) as artifact:
+        policy, trainer = trainer_for(config, artifact)
+        key = reference_key(policy, "ref", trainer.accelerator.mixed_precision)
+        answers = answers_of(encoded_pairs())
+        alone, _ = reference_log_probs(trainer, answers, None)
+        monkeypatch.setattr(reference_store, "answer_log_probs", meanwhile)
+        first, _ = reference_log_probs(trainer, answers, path)
+        again, counted = reference_log_probs(trainer, answers, path)
+    assert first == again == [alone[0] + 1e-6, *alone[1:]]
+    assert counted == {"stored": len(answers), "computed": 0}
 
 
 # -- never another model's ---------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from alignkit.core.database import open_database
 from alignkit.core.errors import UserError
 
 LOG = logging.getLogger("alignkit")
@@ -39,9 +40,7 @@ class EmbeddingCache:
     def __enter__(self) -> EmbeddingCache:
         with self._explained():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(self.path, isolation_level=None, timeout=60)
-            self._database.execute("PRAGMA journal_mode=WAL")
-            self._database.execute("PRAGMA synchronous=NORMAL")
+            self._database = open_database(self.path)
             self._database.execute("CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, vector BLOB NOT NULL)")
         return self
 

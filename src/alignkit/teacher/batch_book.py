@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from alignkit.core.database import open_database
 from alignkit.core.errors import UserError
 
 _TABLES = """
@@ -39,8 +40,7 @@ class BatchBook:
 
     def __enter__(self) -> BatchBook:
         with self._explained():
-            self._database = sqlite3.connect(self.path, isolation_level=None, timeout=30)
-            self._database.execute("PRAGMA journal_mode=WAL")
+            self._database = open_database(self.path)
             self._database.execute("PRAGMA synchronous=FULL")  # a batch that began is not to be forgotten
             self._database.executescript(_TABLES)
         return self

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from alignkit.core.database import open_database
 from alignkit.core.errors import UserError
 
 _TABLES = """
@@ -59,9 +60,7 @@ class ResponseStore:
         with self._explained():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.touch(mode=0o600)  # prompts may hold what is not everybody's to read
-            self._database = sqlite3.connect(self.path, isolation_level=None, timeout=30)
-            self._database.execute("PRAGMA journal_mode=WAL")
-            self._database.execute("PRAGMA synchronous=NORMAL")
+            self._database = open_database(self.path)
             self._database.executescript(_TABLES)
         return self
 

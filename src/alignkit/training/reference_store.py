@@ -21,6 +21,7 @@ from accelerate.utils import broadcast_object_list
 from trl import DPOTrainer
 from trl.trainer.utils import use_adapter
 
+from alignkit.core.database import open_database
 from alignkit.core.errors import UserError
 from alignkit.core.ranks import is_main
 from alignkit.training.log_probs import Answer, answer_log_probs
@@ -46,9 +47,7 @@ class ReferenceStore:
     def __enter__(self) -> ReferenceStore:
         with self._explained():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(self.path, isolation_level=None, timeout=60)
-            self._database.execute("PRAGMA journal_mode=WAL")
-            self._database.execute("PRAGMA synchronous=NORMAL")
+            self._database = open_database(self.path)
             self._database.execute("CREATE TABLE IF NOT EXISTS log_probs (key BLOB PRIMARY KEY, value REAL NOT NULL)")
         return self
 
@@ -70,10 +69,13 @@ class ReferenceStore:
         return found
 
     def put(self, values: Mapping[bytes, float]) -> None:
-        """Keep values: all of them or, after a kill, none."""
+        """Keep values that are not there yet: all of them or, after a kill, none.
+
+        What is there stays, so that a run that continues reads what it began with, whoever else has computed it since.
+        """
         with self._explained(), self._database:  # which commits, or rolls back
             self._database.execute("BEGIN IMMEDIATE")
-            self._database.executemany("INSERT OR REPLACE INTO log_probs VALUES (?, ?)", list(values.items()))
+            self._database.executemany("INSERT OR IGNORE INTO log_probs VALUES (?, ?)", list(values.items()))
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -92,7 +94,8 @@ def reference_log_probs(
     """log p_reference(answer | prompt) of each, in nats; and how many of them were stored, and how many computed now.
 
     The reference is the trainer's: its adapter "ref" or, without one, the base. Equal answers are computed once. Only
-    the main process touches the file at `path`; None: nothing is kept.
+    the main process touches the file at `path`; None: nothing is kept. Where another run has stored a value in the
+    meantime, that one counts: two computations differ by their rounding, and all runs must go on from the same.
     """
     policy: Any = trainer.model
     adapter = "ref" if "ref" in policy.peft_config else None
@@ -112,7 +115,9 @@ def reference_log_probs(
 
         with use_adapter(policy, adapter):
             computed = answer_log_probs(trainer, [distinct[key] for key in missing], "reference log-probs", keep)
-        values |= dict(zip(missing, computed, strict=True))
+        kept = [store.get(missing) if store is not None else {}]
+        broadcast_object_list(kept)
+        values |= dict(zip(missing, computed, strict=True)) | kept[0]
     return [values[key] for key in keys], counts
 
 
