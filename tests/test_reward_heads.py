@@ -17,7 +17,7 @@ from alignkit import reward
 from alignkit.core.config import LoraConfig, ModelConfig
 from alignkit.core.errors import UserError
 from alignkit.models.loading import load_base, new_adapter
-from alignkit.models.merging import classifier_of
+from alignkit.models.merging import classifier_of, classifier_offset
 from alignkit.models.reward_model import RewardModel
 from alignkit.models.value_head import ValueHeadModel
 from alignkit.training.reward import Objective, _Collator, train_reward_model
@@ -59,6 +59,18 @@ def test_the_score_is_the_mean_of_the_heads_and_the_disagreement_their_deviation
     assert [pair[0] for pair in found[:-1]] == model.scores_or_reasons(CONVERSATIONS)
 
 
+def test_balanced_heads_still_say_the_logits_they_were_trained_to(base: ModelConfig) -> None:
+    """Calibration takes differences of raw scores for logits: heads of one opinion keep them on average."""
+    model = ensemble(base, 2)
+    weight = model.module.value_head.weight.data
+    weight[1] = 3 * weight[0]
+    said = [heads for heads in model._say(CONVERSATIONS, None) if not isinstance(heads, str)]
+    model.balance_heads(said)
+    balanced = [heads for heads in model._say(CONVERSATIONS, None) if not isinstance(heads, str)]
+    assert [heads[0] for heads in balanced] == pytest.approx([mean(heads) for heads in said], rel=1e-4)
+    assert [heads[1] for heads in balanced] == pytest.approx([mean(heads) for heads in said], rel=1e-4)
+
+
 def test_one_head_does_not_disagree_and_is_left_as_it_is(base: ModelConfig) -> None:
     model = new_model(base)
     before = model.module.value_head.weight.detach().clone()
@@ -84,7 +96,7 @@ def test_saved_loaded_and_exported_heads_say_the_same(base: ModelConfig, tmp_pat
         text = tokenizer().apply_chat_template(messages, tokenize=False).rstrip()
         with torch.inference_mode():
             logit = float(classifier(**tokenizer()(text, return_tensors="pt", add_special_tokens=False)).logits)
-        assert (logit - model.offset) / model.scale == pytest.approx(score, abs=1e-4)
+        assert logit - classifier_offset(loaded) == pytest.approx(score, abs=1e-4)
 
     config = tmp_path / "reward_config.json"
     entries = json.loads(config.read_text())

@@ -69,7 +69,7 @@ class RewardModel:
         active one between calls of `score`. Raises `UserError` when a file is missing or the value head is not the one
         that was saved.
         """
-        from alignkit.models.loading import load_policy, load_tokenizer
+        from alignkit.models.loading import add_adapter, load_policy, load_tokenizer
         from alignkit.models.value_head import ValueHeadModel
 
         folder = Path(folder)
@@ -78,7 +78,7 @@ class RewardModel:
         adapter_name = "default"
         if policy is not None and _has_base_of(folder / ADAPTER_FOLDER, policy, model):
             adapter_name = "reward"
-            policy.load_adapter(str(folder / ADAPTER_FOLDER), adapter_name=adapter_name)
+            add_adapter(policy, str(folder / ADAPTER_FOLDER), model, adapter_name)
         else:
             policy = load_policy(model, str(folder / ADAPTER_FOLDER))
         head_offsets = entries.get("head_offsets", [0.0])
@@ -208,17 +208,19 @@ class RewardModel:
         return scores
 
     def balance_heads(self, scores: Sequence[Sequence[float]]) -> None:
-        """Scale each head so that these answers, given with what each head says of them, get standard deviation 1.
+        """Scale each head so that these answers, given with what each head says of them, get one standard deviation.
 
-        Without it a head whose numbers are large would outvote the others in their mean. A single head is left as it
-        is: `centre` does the rest.
+        Without it a head whose numbers are large would outvote the others in their mean. The common deviation is the
+        mean of the heads' own, so that differences of raw scores remain the logits that the heads were trained to. A
+        single head is left as it is: `centre` does the rest.
         """
         if len(self.head_offsets) == 1:
             return
-        for head, values in enumerate(zip(*scores, strict=True)):
-            mean, deviation = _moments(values)
-            self.module.value_head.weight.data[head] /= deviation
-            self.head_offsets[head] = mean / deviation
+        moments = [_moments(values) for values in zip(*scores, strict=True)]
+        common = _mean([deviation for _, deviation in moments])
+        for head, (mean, deviation) in enumerate(moments):
+            self.module.value_head.weight.data[head] *= common / deviation
+            self.head_offsets[head] = mean * common / deviation
 
     def centre(self, raw: Sequence[float]) -> None:
         """Set offset and scale so that these raw scores get mean 0 and, unless all equal, standard deviation 1."""
