@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 from test_reward_stage import BAD, GOOD, configure, graded, hh_rows, scored_rows, write
-from tiny_random import save_random_base
+from tiny_random import conversation, save_random_base
 
 from alignkit import reward
 from alignkit.core.app import run_command
 from alignkit.core.config import RowsConfig
 from alignkit.core.manifest import read_manifest
+from alignkit.evaluation import reward_examination
 from alignkit.evaluation.reward_bench import SECTIONS
+from alignkit.evaluation.reward_examination import padding_difference
 from alignkit.models.reward_model import RewardModel
 
 
@@ -142,6 +144,22 @@ def test_a_score_that_depends_on_its_neighbours_stops_the_stage(
     monkeypatch.setattr("alignkit.models.value_head.visible", all_visible)
     assert run_command("evaluate_reward", ["run=demo", "data.path=scored.jsonl"]) == 2
     assert "scores_need_no_" in capsys.readouterr().err
+
+
+def test_padding_is_checked_in_batches_that_fit(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once would not fit beside a base of 7B, after hours of training."""
+    model = RewardModel.from_pretrained(trained / "reward")
+    dialogues = [conversation("Hello " * words, GOOD) for words in (1, 9, 30, 2, 40, 3)]
+    shapes: list[torch.Size] = []
+    monkeypatch.setattr(reward_examination, "GPU_BATCH_TOKENS", 150)
+    model.module.register_forward_pre_hook(
+        lambda module, args, inputs: shapes.append(inputs["input_ids"].shape), with_kwargs=True
+    )
+    assert padding_difference(model, dialogues) <= 1e-5
+    assert len(shapes) > 2
+    assert max(rows * length for rows, length in shapes) <= 150
+    assert any(rows > 1 for rows, _ in shapes)
+    assert padding_difference(model, []) == 0
 
 
 def test_held_out_share_0_leaves_nothing_to_examine(trained: Path, tmp_path: Path) -> None:

@@ -36,13 +36,9 @@ from alignkit.core.config import RowsConfig, StageConfig
 from alignkit.core.errors import UserError
 
 if TYPE_CHECKING:
-    from alignkit.core.records import Message
     from alignkit.training.reward_data import AnswerGroup
 
 LOG = logging.getLogger("alignkit")
-
-CHECKED_CONVERSATIONS = 64
-"""How many are scored again alone and with other padding."""
 
 
 @dataclass
@@ -70,7 +66,7 @@ def run(config: EvaluateRewardConfig) -> Artifact:
     with Artifact.open("evaluate_reward", config) as artifact:
         if artifact.up_to_date:
             return artifact
-        from alignkit.evaluation.reward_examination import check_invariance, examine
+        from alignkit.evaluation.reward_examination import check_invariance, checked_conversations, examine
         from alignkit.models.reward_model import RewardModel
 
         groups = leave_out_trained(config, read_groups(config, artifact), artifact)
@@ -84,7 +80,7 @@ def run(config: EvaluateRewardConfig) -> Artifact:
                 f"no pair can be scored: the reward model reads {reward_model.model.max_length} tokens, and "
                 f"{len(unreadable)} answers were dropped (see dropped.jsonl)"
             )
-        check_invariance(reward_model, conversations(groups), artifact)
+        check_invariance(reward_model, checked_conversations(groups), artifact)
         artifact.summary = summary(artifact)
     return artifact
 
@@ -146,14 +142,6 @@ def leave_out_trained(
             "or allow_training_prompts=true"
         )
     return [group for group in groups if not is_among(group, trained)]
-
-
-def conversations(groups: Sequence[AnswerGroup]) -> list[list[Message]]:
-    """Some of the conversations, in file order."""
-    from alignkit.core.records import Message
-
-    every = ([*group.prompt, Message(role="assistant", content=text)] for group in groups for text in group.answers)
-    return [conversation for conversation, _ in zip(every, range(CHECKED_CONVERSATIONS), strict=False)]
 
 
 def summary(artifact: Artifact) -> str:

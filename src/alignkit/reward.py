@@ -64,8 +64,6 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("alignkit")
 
 NONE = "none"
-CHECKED_CONVERSATIONS = 64
-"""How many are scored again by the model that was saved."""
 RELOAD_TOLERANCE = 1e-5
 
 
@@ -353,13 +351,10 @@ def save(reward_model: RewardModel, artifact: Artifact) -> None:
 
 def check_saved(reward_model: RewardModel, groups: Sequence[AnswerGroup], artifact: Artifact) -> None:
     """The saved model, loaded again, scores like the one in memory; and a score depends on its conversation alone."""
-    from alignkit.core.records import Message
-    from alignkit.evaluation.reward_examination import check_invariance, largest_difference
+    from alignkit.evaluation.reward_examination import check_invariance, checked_conversations, largest_difference
     from alignkit.models.reward_model import RewardModel as Saved
 
-    conversations = [
-        [*group.prompt, Message(role="assistant", content=answer)] for group in groups for answer in group.answers
-    ][:CHECKED_CONVERSATIONS]
+    conversations = checked_conversations(groups)
     saved = Saved.from_pretrained(artifact.folder)
     scores = saved.scores_or_reasons(conversations)
     reload = largest_difference(reward_model.scores_or_reasons(conversations), scores)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,17 @@ from alignkit.data.jsonl import read_rows
 from alignkit.evaluation.reward_bench import sections
 from alignkit.evaluation.reward_probes import run_probes, targets
 from alignkit.evaluation.rewards import accuracy, agreement, calibration, length_bias
-from alignkit.models.reward_model import RewardModel
+from alignkit.models.reward_model import GPU_BATCH_TOKENS, RewardModel
 from alignkit.models.value_head import PromptGroup, collate
+from alignkit.training.batches import parts
 from alignkit.training.reward import EncodedGroup, encode_group
 from alignkit.training.reward_data import AnswerGroup
 
 SCORES_FILE = "held_out_scores.jsonl"
 TRAIN_PROMPTS_FILE = "train_prompts.jsonl"
 PROBED_ANSWERS = 100
+CHECKED_CONVERSATIONS = 64
+"""How many are scored again: after loading, alone, and with other padding."""
 NEIGHBOUR_TOLERANCE = {"torch.float32": 1e-4, "torch.bfloat16": 0.2, "torch.float16": 0.05}
 """How much a score may change with what else is in the batch: rounding only, by the base's dtype."""
 
@@ -122,6 +126,12 @@ def is_among(group: AnswerGroup, prompts: set[str]) -> bool:
 # -- a score is a matter of its conversation alone ---------------------------------------------------------------------
 
 
+def checked_conversations(groups: Iterable[AnswerGroup]) -> list[list[Message]]:
+    """The first conversations of the groups."""
+    every = ([*group.prompt, Message(role="assistant", content=text)] for group in groups for text in group.answers)
+    return list(islice(every, CHECKED_CONVERSATIONS))
+
+
 def check_invariance(reward_model: RewardModel, conversations: Sequence[Sequence[Message]], artifact: Artifact) -> None:
     """Scores do not depend on what else is in the batch, nor on the side of the padding."""
     together = reward_model.scores_or_reasons(conversations)
@@ -132,7 +142,7 @@ def check_invariance(reward_model: RewardModel, conversations: Sequence[Sequence
     artifact.check("scores_need_no_neighbours", apart <= tolerance, detail)
     readable = [each for each, score in zip(conversations, together, strict=True) if isinstance(score, float)]
     sides = padding_difference(reward_model, readable) / reward_model.scale
-    detail = f"padded on the left and on the right: largest difference {sides:.1e}, rounding allows {tolerance:g}"
+    detail = f"{len(readable)} padded left and right: largest difference {sides:.1e}, rounding allows {tolerance:g}"
     artifact.check("scores_need_no_padding_side", sides <= tolerance, detail)
 
 
@@ -145,18 +155,27 @@ def largest_difference(first: Sequence[float | str], second: Sequence[float | st
 
 
 def padding_difference(reward_model: RewardModel, conversations: Sequence[Sequence[Message]]) -> float:
-    """Largest difference of what the value head says when a batch is padded on the left instead of on the right."""
+    """Largest difference of what the value head says when batches are padded on the left instead of on the right."""
     rows = [PromptGroup((), (tuple(encode_conversation(reward_model.tokenizer, each)),)) for each in conversations]
-    right = collate(rows, reward_model.tokenizer.pad_token_id)
+    device = reward_model.module.value_head.weight.device
+    largest = 0.0
+    for part in parts([len(row) for row in rows], GPU_BATCH_TOKENS) if rows else ():  # unsorted: there is padding
+        right = collate(rows[part], reward_model.tokenizer.pad_token_id)
+        with torch.inference_mode():
+            values = [
+                reward_model.module(**{key: value.to(device) for key, value in side.items()})
+                for side in (padded_left(right), right)
+            ]
+        largest = max(largest, float((values[0] - values[1]).abs().max()))
+    return largest
+
+
+def padded_left(right: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch of `collate`, of one conversation a row, with its padding moved to the left."""
     left = {key: value.clone() for key, value in right.items()}
-    for row, group in enumerate(rows):
-        shift = right["input_ids"].shape[1] - len(group)
+    for row, length in enumerate((right["segments"] >= 0).sum(dim=1).tolist()):
+        shift = right["input_ids"].shape[1] - length
         for key in ("input_ids", "segments", "position_ids"):
             left[key][row] = torch.roll(right[key][row], shift)
         left["last"][row, 1] += shift
-    device = reward_model.module.value_head.weight.device
-    with torch.inference_mode():
-        values = [
-            reward_model.module(**{key: value.to(device) for key, value in side.items()}) for side in (left, right)
-        ]
-    return float((values[0] - values[1]).abs().max())
+    return left
