@@ -26,10 +26,12 @@ from alignkit.core.records import ChatExample, CompletionSet, PreferencePair
 from alignkit.generation import hf
 from alignkit.generation.earlier_rounds import join_earlier
 from alignkit.generation.engines import GeneratorKind, ServerConfig
+from alignkit.generation.openai import OpenAIGenerator
 from alignkit.models.loading import load_base, load_tokenizer, new_adapter, save_adapter
 from alignkit.models.reward_model import RewardModel
 from alignkit.models.value_head import ValueHeadModel
 from alignkit.rejection_sampling import RejectionSamplingConfig, ScorerKind
+from alignkit.scoring.judge import JudgeScorer
 from alignkit.scoring.preference_pairs import SAME_TEXT, Pairing
 from alignkit.scoring.reward import RewardScorer
 from alignkit.teacher.server import TeacherServer
@@ -307,6 +309,34 @@ def test_a_server_of_the_policy_answers(
     assert "the teacher gives all 5 different answers 10: there is no best" in caplog.text
     rejection_sampling.run(replace(config, force=True))
     assert server.requests == 30  # everything is in the response store
+
+
+def test_what_a_server_or_the_teacher_failed_at_is_asked_again_on_request(
+    tmp_path: Path, server: TeacherServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the failures ended the stage, whose journals then remain."""
+    config = configure(
+        tmp_path,
+        3,
+        generator=GeneratorKind.openai,
+        server=ServerConfig(base_url=server.base_url, model="scripted"),
+        scorer=ScorerKind.judge,
+        teacher=TeacherConfig(model="scripted", store=str(tmp_path / "store.sqlite"), retry_failed=True),
+    )
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="no completion at all was usable"):
+        patch.setattr(OpenAIGenerator, "generate", lambda self, prompts, *others: [[] for _ in prompts])
+        rejection_sampling.run(config)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="no completion has both an end and a score"):
+        patch.setattr(JudgeScorer, "score", unable)
+        rejection_sampling.run(config)
+    rejection_sampling.run(config)
+    assert len(read(tmp_path, "best.jsonl")) == 3
+    assert server.requests == 3 * 4
+
+
+def unable(self: JudgeScorer, conversations: list[Any]) -> list[None]:
+    self.reasons = ["unreachable"] * len(conversations)
+    return [None] * len(conversations)
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ from alignkit.scoring.preference_pairs import ChoiceConfig, Pairing
 # ruff: noqa: UP045
 
 if TYPE_CHECKING:
+    from alignkit.core.journal import Journal
     from alignkit.models.jobs import Job
     from alignkit.scoring.base import Scorer
     from alignkit.scoring.judge import JudgeScorer
@@ -240,7 +241,6 @@ def answer(
     config: RejectionSamplingConfig, version: str, rows: Sequence[CompletionSet], artifact: Artifact, shared: Any
 ) -> tuple[dict[str, list[CompletionSet]], Any]:
     """The rows as one version answers them, and what another adapter can join; resumes from its journals."""
-    from alignkit.core.journal import Journal
     from alignkit.generation.base import greedily
     from alignkit.generation.engines import open_engine
     from alignkit.generation.resumable import generate_all
@@ -248,13 +248,14 @@ def answer(
     name = config.versions[version]
     teacher = config.server.as_teacher(name, config.teacher)
     engine = open_engine(config.generator, config.model, name, teacher, shared)
-    at_once = len(rows) if config.generator is GeneratorKind.openai else None
+    asks_server = config.generator is GeneratorKind.openai
+    at_once = len(rows) if asks_server else None
     drawn = {version: config.sampling}
     if version == "latest" and config.greedy:
         drawn["greedy"] = greedily(config.sampling)
     written: dict[str, list[CompletionSet]] = {}
     for label, sampling in drawn.items():
-        with Journal(artifact.work_folder / f"{label}.jsonl", artifact.fingerprint) as journal:
+        with open_journal(config, artifact, label, artifact.fingerprint, asks_server) as journal:
             completions = generate_all(engine, rows, sampling, config.seed, journal, at_once)
         for row in rows:
             if missing := sampling.n - len(completions[row.id]):
@@ -287,7 +288,7 @@ def score(
         scorer = RewardScorer(config.reward, policy, config.uncertainty_penalty)
     else:
         scorer = open_judge(config)
-    found = {name: score_rows(scorer, name, written[name], artifact) for name in FILES if name in written}
+    found = {name: score_rows(config, scorer, name, written[name], artifact) for name in FILES if name in written}
     drawn = {row.id: len(row.completions) for row in written["latest"]}
     found["latest"] = [
         row.model_copy(update={"completions": row.completions[: drawn[row.id]]})
@@ -299,22 +300,42 @@ def score(
 
 
 def score_rows(
-    scorer: Scorer, name: str, rows: Sequence[CompletionSet], artifact: Artifact, noun: str = "score"
+    config: RejectionSamplingConfig,
+    scorer: Scorer,
+    name: str,
+    rows: Sequence[CompletionSet],
+    artifact: Artifact,
+    noun: str = "score",
 ) -> list[CompletionSet]:
     """The rows, scored; resumes from a journal that belongs to their texts.
 
     A teacher is asked for everything at once: its answers are in the response store, and a batch takes hours.
     """
     from alignkit.core.hashing import hash_text
-    from alignkit.core.journal import Journal
     from alignkit.scoring.judge import JudgeScorer
     from alignkit.scoring.resumable import score_completions
 
     texts = [[row.id, *(completion.text for completion in row.completions)] for row in rows]
     fingerprint = hash_text(json.dumps([artifact.fingerprint, texts]))
-    block = max(1, len(rows)) if isinstance(scorer, JudgeScorer) else ROWS_A_BLOCK
-    with Journal(artifact.work_folder / f"{name}.{noun}s.jsonl", fingerprint) as journal:
+    asks_teacher = isinstance(scorer, JudgeScorer)
+    block = max(1, len(rows)) if asks_teacher else ROWS_A_BLOCK
+    with open_journal(config, artifact, f"{name}.{noun}s", fingerprint, asks_teacher) as journal:
         return score_completions(scorer, rows, journal, block, noun)
+
+
+def open_journal(
+    config: RejectionSamplingConfig, artifact: Artifact, name: str, fingerprint: str, asked: bool
+) -> Journal:
+    """A journal of unfinished work; what was `asked` of a server begins anew where failures are to be asked again.
+
+    Nothing is paid twice by that: all other answers are in the response store.
+    """
+    from alignkit.core.journal import Journal
+
+    path = artifact.work_folder / f"{name}.jsonl"
+    if asked and config.teacher.retry_failed:
+        path.unlink(missing_ok=True)
+    return Journal(path, fingerprint)
 
 
 def open_judge(config: RejectionSamplingConfig) -> JudgeScorer:
@@ -389,7 +410,7 @@ def grade(
     from alignkit.scoring.best_of_n import scored
 
     only = [row.model_copy(update={"completions": scored(row.completions)}) for row in rows]
-    return score_rows(open_judge(config), name, only, artifact, "grade")
+    return score_rows(config, open_judge(config), name, only, artifact, "grade")
 
 
 if __name__ == "__main__":
