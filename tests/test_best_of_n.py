@@ -17,7 +17,7 @@ from alignkit.evaluation.best_of_n import (
     describe_scores,
     latest_over_previous,
 )
-from alignkit.scoring.best_of_n import correlation, expected_best, kl_bound, powers_of_two, ranked
+from alignkit.scoring.best_of_n import expected_best, kl_bound, powers_of_two, ranked
 
 # -- arithmetic --------------------------------------------------------------------------------------------------------
 
@@ -49,13 +49,10 @@ def test_equal_scores_count_with_their_mean_value() -> None:
     assert expected_best([1.0, 1.0, 0.0], 2, [10.0, 0.0, 3.0]) == pytest.approx((10 + 0 + 5) / 3)
 
 
-def test_small_helpers() -> None:
+def test_powers_of_two_end_with_the_number_itself() -> None:
     assert powers_of_two(8) == [1, 2, 4, 8]
     assert powers_of_two(6) == [1, 2, 4, 6]
     assert powers_of_two(1) == [1]
-    assert correlation([1, 2, 3], [2, 4, 6]) == pytest.approx(1.0)
-    assert correlation([1, 1, 1], [2, 4, 6]) is None
-    assert correlation([1], [2]) is None
 
 
 def test_the_cost_of_best_of_n_by_hand() -> None:
@@ -153,5 +150,7 @@ def test_scores_are_described_by_hand() -> None:
     found = describe_scores(ROWS, 4)
     assert found["mean_score"] == 1.0
     assert found["mean_best_score"] == 1.5
+    alike = describe_scores([row("a", completion("one", 1.0), completion("three", 1.0))], 2)
+    assert alike["score_length_correlation"] is None  # all scores are equal
     assert found["score_length_correlation"] == pytest.approx(1 / math.sqrt(1.5))  # lengths 4 3 4 4, scores 2 0 1 1
     assert found["kl_bound"] == {"1": 0.0, "2": kl_bound(2), "4": kl_bound(4)}

@@ -188,10 +188,10 @@ def _divergence(trained: Trained) -> dict[str, Any]:
 
 def _ranked_right(margins: Sequence[float], prompts: Sequence[str]) -> dict[str, Any]:
     """How many held-out pairs have a margin above 0, and the mean margin; pairs of a prompt are not independent."""
-    from alignkit.evaluation.statistics import bootstrap_mean
+    from alignkit.evaluation.statistics import bootstrap_mean, proportion
 
     right = [float(margin > 0) for margin in margins]
-    return {"accuracy": bootstrap_mean(right, prompts), "margin": bootstrap_mean(margins, prompts)}
+    return {"accuracy": proportion(right, prompts), "margin": bootstrap_mean(margins, prompts)}
 
 
 def _encode(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
+import numpy as np
+
 from alignkit.core.records import CompletionSet
+from alignkit.evaluation.correlation import pearson
 from alignkit.evaluation.statistics import Estimate, bootstrap_mean
-from alignkit.scoring.best_of_n import correlation, expected_best, kl_bound, powers_of_two, scored
+from alignkit.scoring.best_of_n import expected_best, kl_bound, powers_of_two, scored
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,12 @@ def describe_scores(rows: Sequence[CompletionSet], n: int) -> dict[str, Any]:
     kept = [candidates for row in rows if (candidates := scored(row.completions))]
     scores = [[each.score or 0.0 for each in candidates] for candidates in kept]
     flat = [value for row in scores for value in row]
+    lengths = [len(each.text) for candidates in kept for each in candidates]
+    with_length = pearson(np.asarray(flat, dtype=np.float64), np.asarray(lengths, dtype=np.float64))
     return {
         "mean_score": mean(flat),
         "mean_best_score": mean(max(row) for row in scores),
-        "score_length_correlation": correlation(flat, [len(each.text) for candidates in kept for each in candidates]),
+        "score_length_correlation": None if math.isnan(with_length) else with_length,
         "kl_bound": {str(k): kl_bound(k) for k in powers_of_two(n)},
     }
 

@@ -12,7 +12,7 @@ from alignkit.core.errors import UserError
 from alignkit.core.records import Row
 from alignkit.data.words import words
 from alignkit.evaluation.metrics import exact_match, token_f1, verdict_is_right
-from alignkit.evaluation.statistics import Estimate, balanced_accuracy, bootstrap_mean, mcnemar_p, wilson
+from alignkit.evaluation.statistics import Estimate, balanced_accuracy, bootstrap_mean, mcnemar_p, proportion, wilson
 from alignkit.scoring.rules import read_verdict
 
 TAGS = ("form", "level", "kind", "held_out_name")
@@ -77,7 +77,7 @@ def summarise(rows: Sequence[Prediction], model: str, seed: int = 0) -> dict[str
     """
     answers = [row.answers[model] for row in rows]
     statements = [row.instruction for row in rows]
-    summary: dict[str, Any] = {"exact_match": _share([answer.exact_match for answer in answers], statements, seed)}
+    summary: dict[str, Any] = {"exact_match": proportion([answer.exact_match for answer in answers], statements, seed)}
     summary["token_f1"] = bootstrap_mean([answer.token_f1 for answer in answers], statements, seed)
     judged = [
         (answer.judge, row.instruction) for answer, row in zip(answers, rows, strict=True) if answer.judge is not None
@@ -103,7 +103,7 @@ def breakdown(rows: Sequence[Prediction], model: str, seed: int = 0) -> dict[str
                 matches.setdefault(str(value), []).append((row.answers[model].exact_match, row.instruction))
         if matches:
             table[tag] = {
-                value: _share([right for right, _ in found], [statement for _, statement in found], seed)
+                value: proportion([right for right, _ in found], [statement for _, statement in found], seed)
                 for value, found in matches.items()
             }
     return table
@@ -127,13 +127,6 @@ def compare(rows: Sequence[Prediction], new: str, old: str, seed: int = 0) -> di
     comparison["gained"], comparison["lost"] = changes.count(1), changes.count(-1)
     comparison["mcnemar_p"] = mcnemar_p(comparison["gained"], comparison["lost"])
     return comparison
-
-
-def _share(right: Sequence[bool], statements: Sequence[str], seed: int) -> Estimate:
-    """A share of rows: with Wilson's interval if each has a statement of its own, or else resampled by statement."""
-    if len(set(statements)) == len(right):
-        return wilson(sum(right), len(right))
-    return bootstrap_mean([float(each) for each in right], statements, seed)
 
 
 def _right_verdicts(rows: Sequence[Prediction], model: str, wanted: str) -> list[float]:

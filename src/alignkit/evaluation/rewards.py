@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from alignkit.evaluation.correlation import correlation, kendall, pearson, spearman
-from alignkit.evaluation.statistics import Estimate, bootstrap_mean, wilson
+from alignkit.evaluation.statistics import Estimate, bootstrap_mean, proportion
 from alignkit.training.reward import EncodedGroup, ranked_right
 
 BINS = 10
@@ -20,19 +20,6 @@ BINS = 10
 _GRADED = "worse answer graded "
 
 Scores = Sequence[Sequence[float]]
-
-
-def share(outcomes: Sequence[tuple[str, float]]) -> Estimate:
-    """A share of pairs, given as (prompt, 1 or 0) each.
-
-    With one pair a prompt the interval is Wilson's. Several pairs of a prompt share answers and go right or wrong
-    together, so there whole prompts are resampled, as where outcomes between 0 and 1 make it no count.
-    """
-    values, prompts = [value for _, value in outcomes], [prompt for prompt, _ in outcomes]
-    counts = all(value in (0, 1) for value in values)
-    if len(set(prompts)) < len(prompts) or not counts:
-        return bootstrap_mean(values, prompts)
-    return wilson(round(sum(values)), len(values))
 
 
 def accuracy(groups: Sequence[EncodedGroup], scores: Scores) -> dict[str, Estimate]:
@@ -51,7 +38,7 @@ def accuracy(groups: Sequence[EncodedGroup], scores: Scores) -> dict[str, Estima
         (name for name in outcomes if name.startswith(_GRADED)), key=lambda name: int(name[len(_GRADED) :])
     )
     order = [name for name in outcomes if name not in by_grade] + by_grade
-    return {name: share(outcomes[name]) for name in order if outcomes[name]}
+    return {name: _share(outcomes[name]) for name in order if outcomes[name]}
 
 
 def calibration(groups: Sequence[EncodedGroup], scores: Scores, logits_per_score: float = 1.0) -> dict[str, Any]:
@@ -78,7 +65,7 @@ def calibration(groups: Sequence[EncodedGroup], scores: Scores, logits_per_score
             "low": 0.5 + place / (2 * BINS),
             "high": 0.5 + (place + 1) / (2 * BINS),
             "predicted": sum(probability for _, probability, _ in pairs) / len(pairs),
-            "right": share([(prompt, right) for prompt, _, right in pairs]),
+            "right": _share([(prompt, right) for prompt, _, right in pairs]),
         }
         for place, pairs in sorted(in_bin.items())
     ]
@@ -108,7 +95,7 @@ def length_bias(groups: Sequence[EncodedGroup], scores: Scores) -> dict[str, Any
         "pearson": correlation(pearson, flat, lengths, prompts),
         "spearman": correlation(spearman, flat, lengths, prompts),
         "accuracy_where_better_is": {
-            kind: share(outcomes[kind]) for kind in ("longer", "as_long", "shorter") if kind in outcomes
+            kind: _share(outcomes[kind]) for kind in ("longer", "as_long", "shorter") if kind in outcomes
         },
     }
 
@@ -126,6 +113,11 @@ def agreement(groups: Sequence[EncodedGroup], scores: Scores) -> dict[str, Any]:
         "spearman": correlation(spearman, some, graded, their),
         "kendall": correlation(kendall, some, graded, their),
     }
+
+
+def _share(outcomes: Sequence[tuple[str, float]]) -> Estimate:
+    """A share of pairs, given as (prompt, 1 or 0) each: those of a prompt share answers, so they go together."""
+    return proportion([value for _, value in outcomes], [prompt for prompt, _ in outcomes])
 
 
 def _differences(groups: Sequence[EncodedGroup], scores: Scores) -> Iterator[tuple[str, float]]:

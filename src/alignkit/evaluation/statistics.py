@@ -54,6 +54,17 @@ def bootstrap_mean(values: Sequence[float], groups: Sequence[str] | None = None,
     return _interval(float(np.mean(values)), resampled, len(values))
 
 
+def proportion(outcomes: Sequence[float], groups: Sequence[str], seed: int = 0) -> Estimate:
+    """The share of rows with the outcome 1 rather than 0, with its 95 % interval.
+
+    With one row a group that is Wilson's. Rows of the same group go together, so where there are any whole groups are
+    resampled; so they are where outcomes between 0 and 1 make it no count.
+    """
+    if len(set(groups)) < len(groups) or any(outcome not in (0, 1) for outcome in outcomes):
+        return bootstrap_mean([float(outcome) for outcome in outcomes], groups, seed)
+    return wilson(round(sum(outcomes)), len(outcomes))
+
+
 def balanced_accuracy(yes: Sequence[float], no: Sequence[float], seed: int = 0) -> Estimate:
     """The mean of two recalls, with its bootstrap interval; `yes` and `no` hold 1 for a right verdict and 0 for a wrong
     one, over the rows whose true verdict is yes and no. A model that always says yes scores 0.5, whatever the mix."""

@@ -64,15 +64,6 @@ def powers_of_two(largest: int) -> list[int]:
     return [*(1 << power for power in range(largest.bit_length()) if 1 << power < largest), largest]
 
 
-def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Pearson's correlation; None when either does not vary."""
-    import numpy as np
-
-    if len(x) < 2 or len(set(x)) == 1 or len(set(y)) == 1:
-        return None
-    return float(np.corrcoef(x, y)[0, 1])
-
-
 def _score(completion: Completion) -> float:
     assert completion.score is not None
     return completion.score
