@@ -232,3 +232,5 @@ def test_filters_that_mean_nothing_are_refused_by_name(key: str, value: float) -
     with pytest.raises(UserError, match=f"{key}={value}: must be"):
         check_choice(replace(CONFIG, **{key: value}))  # type: ignore[arg-type]
     check_choice(CONFIG)
+    with pytest.raises(UserError, match="max_pairs=5 with pairing=versions: such pairs have no margin"):
+        check_choice(replace(CONFIG, pairing=Pairing.versions, max_pairs=5))

@@ -349,6 +349,7 @@ def unable(self: JudgeScorer, conversations: list[Any]) -> list[None]:
         ({"pairing": Pairing.versions}, "pairing=versions: name the previous version"),
         ({"pairing": Pairing.versions, "previous_adapter": "a", "keep": ["b"]}, "pairing=versions with keep"),
         ({"uncertainty_penalty": -1.0}, "uncertainty_penalty=-1.0: must be 0 or more"),
+        ({"uncertainty_penalty": 1.0, "scorer": ScorerKind.judge}, "the teacher has no heads that disagree"),
         ({"max_length_ratio": 0.5}, "max_length_ratio=0.5: must be at least 1"),
         ({"generator": GeneratorKind.openai}, r"server\.model: name the model"),
     ],

@@ -158,3 +158,9 @@ def test_numbers_that_mean_nothing_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=f"{key}={value}: {message}"):
         configure(base, tmp_path, **{key: value})
+
+
+def test_a_source_has_no_name_that_is_taken(base: ModelConfig, tmp_path: Path) -> None:
+    """Else two judges would share a scale, and a weight."""
+    with pytest.raises(UserError, match=r"sources\.graded: the grades of data\.path have this name"):
+        configure(base, tmp_path, sources={"graded": "other.jsonl"})

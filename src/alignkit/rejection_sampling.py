@@ -177,6 +177,8 @@ def check_config(config: RejectionSamplingConfig) -> None:
         raise UserError("reward: name the run folder of a reward model, or set scorer=judge")
     if config.uncertainty_penalty < 0:
         raise UserError(f"uncertainty_penalty={config.uncertainty_penalty}: must be 0 or more")
+    if config.uncertainty_penalty and config.scorer is ScorerKind.judge:
+        raise UserError(f"uncertainty_penalty={config.uncertainty_penalty}: the teacher has no heads that disagree")
     if config.generator is GeneratorKind.openai and not config.server.model:
         raise UserError("server.model: name the model under which the server has the policy (generator=openai)")
     if config.pairing is Pairing.versions and "previous" not in config.versions:

@@ -114,6 +114,8 @@ class RewardConfig(StageConfig):
             raise UserError(f"head_learning_rate={self.head_learning_rate}: must be above 0, or null")
         if not 0 <= self.held_out_share < 1:
             raise UserError(f"held_out_share={self.held_out_share}: must be at least 0 and below 1")
+        if "graded" in self.sources and self.data.path != NONE:
+            raise UserError("sources.graded: the grades of data.path have this name; choose another")
 
 
 def run(config: RewardConfig) -> Artifact:

@@ -70,6 +70,11 @@ def check_choice(config: ChoiceConfig) -> None:
     for key, holds, needed in wanted:
         if not holds:
             raise UserError(f"{key}={getattr(config, key)}: must be {needed}")
+    if config.max_pairs is not None and config.pairing is Pairing.versions:
+        raise UserError(
+            f"max_pairs={config.max_pairs} with pairing=versions: such pairs have no margin to choose by. "
+            "Ask fewer questions by data.limit, or set pairing=reward"
+        )
 
 
 def eligible(config: ChoiceConfig, rows: Sequence[CompletionSet], drop: Drop) -> list[CompletionSet]:
