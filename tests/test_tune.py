@@ -107,9 +107,18 @@ def test_values_are_of_their_kind() -> None:
 def test_the_shipped_search_is_of_dpo_and_composes() -> None:
     config = load_config("tune")
     assert config.stage == "dpo"
-    assert {key: text for key, text in config.space.items() if key in ("beta", "train.learning_rate")} == config.space
-    first = {key: tune._read_range(key, text)[1][0] for key, text in config.space.items()}
+    assert list(config.ranges) == ["beta", "train.learning_rate"]
+    first = {key: tune._read_range(key, text)[1][0] for key, text in config.ranges.items()}
     assert load_config("dpo", tune._overrides(config, first)).beta == 0.02
+
+
+def test_a_setting_of_the_shipped_search_can_be_left_out() -> None:
+    """Which another stage needs: sft has no beta, and what is given only adds to what is shipped."""
+    config = load_config("tune", ["stage=sft", "overrides=[]", 'space={beta: null, lora.rank: "int(4,16)"}'])
+    assert list(config.ranges) == ["train.learning_rate", "lora.rank"]
+    first = {key: tune._read_range(key, text)[1][0] for key, text in config.ranges.items()}
+    assert load_config("sft", tune._overrides(config, first)).lora.rank == 4
+    assert list(load_config("tune", ["space={train.learning_rate: null}"]).ranges) == ["beta"]
 
 
 def test_without_optuna_the_install_line_is_said(tuned: House, monkeypatch: pytest.MonkeyPatch) -> None:

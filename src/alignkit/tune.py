@@ -14,7 +14,9 @@ Overrides people use:
   metric=held_out.margin                          what to raise: a number of the stage's manifest
   'space.beta="log(0.02,0.5)"'                    what to vary: log(..), uniform(..), int(..) or choice(..)
   'overrides=["model=tiny","sft_weight=0.1"]'     what all trials have in common
-  stage=sft maximize=false metric=held_out.loss   another stage, and a number to lower
+  'space={train.learning_rate: null}'             what not to vary, of conf/tune.yaml's settings
+  stage=sft space.beta=null maximize=false metric=held_out.loss
+                                                  another stage, which has no beta, and a number to lower
 
 Examples:
   python -m alignkit.tune run=demo 'overrides=["model=tiny","held_out_share=0.2"]'
@@ -28,7 +30,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact, read_manifest
 from alignkit.core.config import MISSING, StageConfig
@@ -49,12 +51,17 @@ class TuneConfig(StageConfig):
     stage: str = MISSING
     overrides: list[str] = field(default_factory=list)
     """What all trials have in common; `run` is that of this command."""
-    space: dict[str, str] = field(default_factory=dict)
-    """Setting -> log(low,high), uniform(low,high), int(low,high) or choice(a,b,...)."""
+    space: dict[str, Optional[str]] = field(default_factory=dict)  # noqa: UP045
+    """Setting -> log(low,high), uniform(low,high), int(low,high) or choice(a,b,...); null: not varied."""
     metric: str = MISSING
     """A number in the manifest's metrics, with dots; of an estimate its mean counts."""
     maximize: bool = True
     trials: int = 12
+
+    @property
+    def ranges(self) -> dict[str, str]:
+        """The part of the space that is searched."""
+        return {key: text for key, text in self.space.items() if text is not None}
 
 
 def run(config: TuneConfig) -> Artifact:
@@ -65,7 +72,7 @@ def run(config: TuneConfig) -> Artifact:
     failed: list[str] = []
     for _ in range(config.trials):
         trial = study.ask()
-        settings = {key: suggest(trial, key, text) for key, text in config.space.items()}
+        settings = {key: suggest(trial, key, text) for key, text in config.ranges.items()}
         folder, error = _run_trial(config, settings, home / "jobs")
         if error:
             failed.append(error)
@@ -88,11 +95,11 @@ def _study(config: TuneConfig) -> optuna.Study:
     """An empty study. Raises `UserError` for what no trial could be run with, before the first one."""
     from alignkit.core.app import load_config
 
-    if not config.space or config.trials < 1:
+    if not config.ranges or config.trials < 1:
         raise UserError(
             "space has nothing to vary, or trials is below 1: give 'space.beta=\"log(0.02,0.5)\"' trials=12"
         )
-    first = {key: _read_range(key, text)[1][0] for key, text in config.space.items()}
+    first = {key: _read_range(key, text)[1][0] for key, text in config.ranges.items()}
     load_config(config.stage, _overrides(config, first))
     try:
         import optuna
