@@ -121,7 +121,7 @@ def test_a_source_counts_as_its_weight_says(base: ModelConfig) -> None:
     ("grades", "message"),
     [
         ([(GOOD, 9.0)], r"2 x one graded completion, .* \(sample several a prompt: sampling\.n=4\)"),
-        ([(GOOD, 9.0), (GOOD, 3.0)], "2 x one graded completion"),
+        ([(GOOD, 9.0), (GOOD, 3.0)], r"2 x all graded completions are the same text \(sample more freely"),
         ([(GOOD, 5.0), (BAD, 5.0)], r"2 x all completions have the same grade \(a judge that says the same"),
         ([(GOOD, 5.0), (BAD, 5.5)], r"2 x no two completions differ by min_margin \(lower min_margin=1\)"),
         ([(GOOD, None), (BAD, None)], r"2 x no graded completion \(run judge on them first\)"),

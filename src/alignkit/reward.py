@@ -235,10 +235,11 @@ def read_files(
 
 def nothing_to_learn(dropped: Sequence[Dropped], min_margin: float) -> str:
     """Why a file makes no pair, with what to do about each reason."""
-    from alignkit.training.reward_data import EQUAL_GRADES, ONE_COMPLETION, TOO_CLOSE, UNGRADED
+    from alignkit.training.reward_data import EQUAL_GRADES, ONE_COMPLETION, SAME_TEXT, TOO_CLOSE, UNGRADED
 
     advice = {
         ONE_COMPLETION: "sample several a prompt: sampling.n=4",
+        SAME_TEXT: "sample more freely: sampling.temperature=[0.8,1.2]",
         EQUAL_GRADES: "a judge that says the same of every answer teaches nothing: see its grades.jsonl, or use "
         "mode=pairwise in judge",
         TOO_CLOSE: f"lower min_margin={min_margin:g}",

@@ -88,13 +88,15 @@ def preference_figures(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def reward_figures(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """How many pairs each reward model ranks right, held out and in training, by source: (step, figure)."""
+    """How many pairs each reward model ranks right, held out by source, and all in training: (step, figure)."""
     figures: list[tuple[str, str]] = []
     for step in runs[0].of_stage("reward", "evaluate_reward"):
         found = [other.metrics if (other := run.step(step.name)) else {} for run in runs]
         lines = []
         for split, title in (("held_out_accuracy", "held out"), ("train_accuracy", "in training")):
             for source in found[0].get(split, {}):
+                if split == "train_accuracy" and source != "all":
+                    continue
                 estimates = [metrics.get(split, {}).get(source) for metrics in found]
                 colour = "reward" if split.startswith("held_out") else "muted"
                 lines.append(Interval(f"{title}, {source}", colour, estimates))

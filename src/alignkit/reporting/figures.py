@@ -157,7 +157,7 @@ def reliability(name: str, title: str, lines: Sequence[tuple[str, Sequence[tuple
     A line is its title and its points, the probability and the share of each; on the diagonal they are the same.
     """
     with figure_style(name):
-        figure, axes = new_figure(NARROW, 260)
+        figure, axes = new_figure(WIDE, 290)
         axes.plot([0.5, 1], [0.5, 1], color=COLOURS["muted"], linewidth=1.2, zorder=1)
         for number, (_, points) in enumerate(lines):
             for probability, share in points:
@@ -190,7 +190,7 @@ def scatter(
 ) -> str:
     """Points in groups: each a title, a colour, and the places of its points; the last group lies on top."""
     with figure_style(name):
-        figure, axes = new_figure(NARROW, 260)
+        figure, axes = new_figure(WIDE, 290)
         for place, (label, colour, points) in enumerate(groups):
             xs, ys = [x for x, _ in points], [y for _, y in points]
             face = COLOURS[colour] if place else "none"

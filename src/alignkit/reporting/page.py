@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.reporting import charts, tables
 from alignkit.reporting.held_out import HeldOut
-from alignkit.reporting.rewards import reward_sections
+from alignkit.reporting.rewards import best_of_n_gains, reward_sections
 from alignkit.reporting.rounds import Rounds
 from alignkit.reporting.runs import Run
 from alignkit.reporting.selection import AUDIT, read_audit, selection_section
@@ -46,6 +46,7 @@ def render_page(runs: Sequence[Run], held_out: HeldOut | None, rounds: Rounds | 
             else {},
             losses=[(title, Markup(svg)) for title, svg in charts.loss_figures(runs, held_out)],
             preferences=[(title, Markup(svg)) for title, svg in charts.preference_figures(runs)],
+            best_of_n_gains=best_of_n_gains(runs),
             best_of_n=[(title, Markup(svg)) for title, svg in charts.best_of_n_figures(runs)],
             rewards=reward_sections(runs),
             selections=_selections(run),

@@ -25,6 +25,11 @@ _CORRELATIONS = (
     ("Pearson with the length", "length", "pearson"),
     ("Spearman with the length", "length", "spearman"),
 )
+_GAINS = {
+    "best_over_single": "best of n over one sample",
+    "best_over_greedy": "best of n over the greedy answer",
+    "single_over_greedy": "one sample over the greedy answer",
+}
 _LENGTHS = {"longer": "longer", "as_long": "as long", "shorter": "shorter"}
 
 
@@ -84,6 +89,26 @@ def reward_sections(runs: Sequence[Run]) -> list[RewardSection]:
             )
         )
     return sections
+
+
+def best_of_n_gains(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, list[Estimate | None]]]]]:
+    """For each step that chose the best of n, what choosing is worth over one sample and over the greedy answer.
+
+    (title, its lines: the comparison, and its paired difference for each seed).
+    """
+    found = []
+    for step in runs[0].of_stage("rejection_sampling"):
+        by_teacher = step.config.get("scorer") == "judge"
+        gains = [(other.metrics if (other := run.step(step.name)) else {}).get("gains", {}) for run in runs]
+        for measure, comparisons in gains[0].items():
+            said = "grade" if by_teacher or measure == "grade" else "reward model's score"
+            lines = [
+                (_GAINS[name], [each.get(measure, {}).get(name) for each in gains])
+                for name in _GAINS
+                if name in comparisons
+            ]
+            found.append((f"{step.name}: {said}", lines))
+    return found
 
 
 def worst_mistakes(rows: Sequence[Mapping[str, Any]]) -> list[Mistake]:

@@ -15,6 +15,7 @@ from alignkit.core.records import CompletionSet, Dropped, Message, PreferencePai
 
 UNGRADED = "no graded completion"
 ONE_COMPLETION = "one graded completion, and none to compare it with"
+SAME_TEXT = "all graded completions are the same text"
 EQUAL_GRADES = "all completions have the same grade"
 TOO_CLOSE = "no two completions differ by min_margin"
 """Reasons for which a prompt teaches nothing."""
@@ -105,7 +106,7 @@ def groups_from_grades(
         grades = [sum(scores) / len(scores) for scores in by_text.values()]
         comparisons = compare(grades, min_margin)
         if not comparisons and not (pointwise and grades):
-            reason = _why_no_comparison(grades)
+            reason = _why_no_comparison(grades, sum(map(len, by_text.values())))
             dropped.append(Dropped(reason=reason, row=row.model_dump(mode="json", exclude_none=True)))
             continue
         if len(comparisons) > pairs_per_prompt:
@@ -126,10 +127,10 @@ def groups_from_grades(
     return groups, dropped
 
 
-def _why_no_comparison(grades: Sequence[float]) -> str:
-    """Of distinct completions with these grades."""
+def _why_no_comparison(grades: Sequence[float], completions: int) -> str:
+    """Of so many completions, whose distinct texts have these grades."""
     if len(grades) < 2:
-        return ONE_COMPLETION if grades else UNGRADED
+        return SAME_TEXT if completions > 1 else ONE_COMPLETION if grades else UNGRADED
     return EQUAL_GRADES if len(set(grades)) == 1 else TOO_CLOSE
 
 
