@@ -211,7 +211,7 @@ def test_two_writers_share_a_file(tmp_path: Path) -> None:
 
 def test_what_another_run_has_stored_in_the_meantime_counts(config: DPOConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two runs that started together: both must go on from the same numbers, and find them again after a kill."""
-    path, original = Path(str(config.reference_store)), reference_store.answer_log_probs
+    path, original = Path(str(config.reference_store)), log_probs.answer_log_probs
 
     def meanwhile(trainer: Any, answers: Any, *arguments: Any) -> list[float]:
         if not answers:
