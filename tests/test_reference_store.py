@@ -254,10 +254,15 @@ def test_the_key_names_base_adapter_and_arithmetic(config: DPOConfig, tmp_path: 
     layer.scaling["default"] *= 2
     keys.add(reference_key(policy, "default", "no"))
     layer.scaling["default"] /= 2
+    positions = policy.get_base_model().config.rope_parameters
+    positions["rope_theta"] *= 2
+    keys.add(reference_key(policy, "default", "no"))
+    positions["rope_theta"] /= 2
+    assert reference_key(policy, "default", "no") == first
     with torch.no_grad():
         policy.get_base_model().get_input_embeddings().weight.add_(1e-3)
     keys.add(reference_key(policy, "default", "no"))
-    assert len(keys) == 9
+    assert len(keys) == 10
 
 
 def test_the_base_is_the_same_reference_whatever_is_trained_on_it(config: DPOConfig, tmp_path: Path) -> None:

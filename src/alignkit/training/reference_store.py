@@ -143,14 +143,17 @@ def reference_key(policy: PeftModel, adapter: str | None, precision: str) -> str
 
     Of the base every matrix is sampled, of the adapter (None: no adapter) every weight counts. `precision` is that of
     autocast. The same weights in another dtype, in 4 bits, with another attention or on another kind of device are
-    another reference: their log-probabilities differ by their rounding.
+    another reference: their log-probabilities differ by their rounding. So are those with positions scaled for another
+    context (YaRN), which config.json alone says.
     """
     from peft import get_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
 
     base: Any = policy.get_base_model()
     digest = hashlib.sha256()
+    shape = base.config.get_text_config()
     facts = [FORMAT, str(policy.dtype), precision, base.config._attn_implementation, policy.device.type]
+    facts += [getattr(shape, name, None) for name in ("rope_parameters", "sliding_window")]  # no weights show these
     if adapter is not None:
         scales = {
             name: module.scaling[adapter]
