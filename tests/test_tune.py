@@ -57,6 +57,7 @@ def test_more_trials_continue_the_same_search(tuned: House) -> None:
     before = factors(tuned)
     result = tuned.run("trials=3", stage="tune")
     assert result.out.count("toy is up to date") == 2
+    assert tuned.run("trials=3", "force=true", stage="tune").out.count("toy is up to date") == 0
     assert set(before) < set(factors(tuned))
     assert len(factors(tuned)) == 3
     assert tuned.run("trials=2", "seed=2", "name=other", stage="tune").code == 0

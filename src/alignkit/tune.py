@@ -155,7 +155,7 @@ def _run_trial(config: TuneConfig, settings: dict[str, str], jobs: Path) -> tupl
 
     def configure() -> StageConfig:
         composed: StageConfig = load_config(config.stage, given)
-        composed.output_dir = str(folder)
+        composed.output_dir, composed.force = str(folder), composed.force or config.force
         return composed
 
     code = run_one(config.stage, folder, settings, configure, shlex.join(["alignkit", config.stage, *given]))
