@@ -88,31 +88,26 @@ def run(config: EvaluateRewardConfig) -> Artifact:
 def read_groups(config: EvaluateRewardConfig, artifact: Artifact) -> list[AnswerGroup]:
     """Prompts with their answers and comparisons, from graded completions and from preference pairs."""
     from alignkit.data.sources import read_graded_or_preferences
-    from alignkit.training.reward_data import LeftOut, groups_from_grades, groups_from_preferences
+    from alignkit.training.reward_data import LeftOut, groups_of
 
     groups: list[AnswerGroup] = []
     left_out = LeftOut()
-    for name, rows in {
-        "": config.data,
-        **{name: RowsConfig(path=path) for name, path in config.sources.items()},
-    }.items():
-        completions, pairs, unusable = read_graded_or_preferences(rows)
-        graded, without_pair = groups_from_grades(
-            completions,
+    files = {"": config.data} | {name: RowsConfig(path=path) for name, path in config.sources.items()}
+    for name, rows in files.items():
+        graded, pairs, unusable = read_graded_or_preferences(rows)
+        found, without_pair = groups_of(
+            name,
+            graded,
+            pairs,
             min_margin=config.min_margin,
             pairs_per_prompt=config.pairs_per_prompt,
             seed=config.seed,
             left_out=left_out,
-            judge=name or "graded",
         )
-        preferred, malformed = groups_from_preferences(pairs, name)
-        groups += graded + preferred
-        for each in unusable + without_pair + malformed:
+        groups += found
+        for each in unusable + without_pair:
             artifact.drop(each.row, each.reason, each.detail)
-    artifact.metrics |= {
-        "completions_left_out": {"unfinished": left_out.unfinished, "ungraded": left_out.ungraded},
-        "comparisons_left_out": left_out.comparisons,
-    }
+    artifact.metrics |= left_out.describe()
     if not groups:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in artifact.dropped.most_common())
         raise UserError(f"data.path={config.data.path}: there is no pair to measure on ({reasons}); see dropped.jsonl")

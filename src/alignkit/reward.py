@@ -187,33 +187,30 @@ def read_groups(config: RewardConfig, artifact: Artifact) -> list[AnswerGroup]:
 
     Raises `UserError` for a file that nothing can be learned from, when there are others, too.
     """
-    from alignkit.training.reward_data import LeftOut, groups_from_grades, groups_from_preferences
+    from alignkit.training.reward_data import LeftOut, groups_of
 
     groups: list[AnswerGroup] = []
     left_out = LeftOut()
     for key, name, graded, pairs, unusable in read_files(config):
-        compared, without_pair = groups_from_grades(
+        found, without_pair = groups_of(
+            name,
             graded,
+            pairs,
             min_margin=config.min_margin,
             pairs_per_prompt=config.pairs_per_prompt,
             seed=config.seed,
             left_out=left_out,
-            judge=name or "graded",
             pointwise=config.regress_weight > 0,
         )
-        preferred, malformed = groups_from_preferences(pairs, name)
-        dropped = [*unusable, *without_pair, *malformed]
+        dropped = [*unusable, *without_pair]
         for each in dropped:
             artifact.drop(each.row, each.reason, each.detail)
-        if not compared and not preferred:
+        if not found:
             raise UserError(f"{key}: {nothing_to_learn(dropped, config.min_margin)}")
-        groups += compared + preferred
+        groups += found
     if not groups:
         raise UserError("there is no pair to learn from: give data.path, preferences.path or sources")
-    artifact.metrics |= {
-        "completions_left_out": {"unfinished": left_out.unfinished, "ungraded": left_out.ungraded},
-        "comparisons_left_out": left_out.comparisons,
-    }
+    artifact.metrics |= left_out.describe()
     return groups
 
 

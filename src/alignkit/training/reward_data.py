@@ -9,9 +9,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 from alignkit.core.errors import UserError
 from alignkit.core.records import CompletionSet, Dropped, Message, PreferencePair
+
+GRADED = "graded"
+"""The source of grades whose file was not given a name."""
 
 UNGRADED = "no graded completion"
 ONE_COMPLETION = "one graded completion, and none to compare it with"
@@ -60,6 +64,11 @@ class LeftOut:
     comparisons: int = 0
     """Comparisons beyond `pairs_per_prompt`."""
 
+    def describe(self) -> dict[str, Any]:
+        """As metrics."""
+        completions = {"unfinished": self.unfinished, "ungraded": self.ungraded}
+        return {"completions_left_out": completions, "comparisons_left_out": self.comparisons}
+
 
 def compare(grades: Sequence[float | None], min_margin: float) -> list[Comparison]:
     """Every two answers whose grades differ by at least `min_margin` (and differ at all), the better one first.
@@ -75,6 +84,34 @@ def compare(grades: Sequence[float | None], min_margin: float) -> list[Compariso
     ]
 
 
+def groups_of(
+    name: str,
+    graded: Iterable[CompletionSet],
+    pairs: Iterable[PreferencePair],
+    *,
+    min_margin: float,
+    pairs_per_prompt: int,
+    seed: int,
+    left_out: LeftOut,
+    pointwise: bool = False,
+) -> tuple[list[AnswerGroup], list[Dropped]]:
+    """The groups of a file with grades or with pairs, and the rows without any; see the two functions below.
+
+    `name` is that of the source; without one, grades are "graded" and pairs have the source that each names.
+    """
+    compared, without_pair = groups_from_grades(
+        graded,
+        min_margin=min_margin,
+        pairs_per_prompt=pairs_per_prompt,
+        seed=seed,
+        left_out=left_out,
+        judge=name or GRADED,
+        pointwise=pointwise,
+    )
+    preferred, malformed = groups_from_preferences(pairs, name)
+    return compared + preferred, without_pair + malformed
+
+
 def groups_from_grades(
     rows: Iterable[CompletionSet],
     *,
@@ -82,7 +119,7 @@ def groups_from_grades(
     pairs_per_prompt: int,
     seed: int,
     left_out: LeftOut,
-    judge: str = "graded",
+    judge: str = GRADED,
     pointwise: bool = False,
 ) -> tuple[list[AnswerGroup], list[Dropped]]:
     """One group a prompt whose completions were graded.
