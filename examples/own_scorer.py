@@ -1,6 +1,6 @@
 """A scorer of your own: anything with `score(conversations)` and `reasons`, higher is better.
 
-This one prefers short answers. It is given to the same function that rejection sampling uses to find the best of n:
+This one prefers short answers. Its scores go through the same function that rejection sampling uses to find the best of n:
 `python examples/own_scorer.py [scored.jsonl]`, after the demo.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alignkit.core.records import CompletionSet, Message
-from alignkit.scoring.best_of_n import best
+from alignkit.scoring.best_of_n import ranked
 
 
 class Brevity:
@@ -31,13 +31,13 @@ def main() -> None:
     scorer = Brevity()
     for line in path.read_text(encoding="utf-8").splitlines()[:3]:
         row = CompletionSet.model_validate(json.loads(line))
-        chosen = best(row.completions)
+        chosen = ranked(row.completions)[0]
         answers = [[*row.prompt, Message(role="assistant", content=each.text)] for each in row.completions]
         scored = zip(row.completions, scorer.score(answers), strict=True)
-        shortest = best([each.model_copy(update={"score": score}) for each, score in scored])
+        shortest = ranked([each.model_copy(update={"score": score}) for each, score in scored])[0]
         print(row.prompt[-1].content.replace("\n\n", "\n"))
-        print(f"  reward model: {chosen.text if chosen else 'nothing'}")
-        print(f"  brevity:      {shortest.text if shortest else 'nothing'}")
+        print(f"  reward model: {chosen.text}")
+        print(f"  brevity:      {shortest.text}")
 
 
 if __name__ == "__main__":

@@ -283,7 +283,7 @@ def _wait_for_journal(house: House, rows: int, folder: str = "runs/default/toy")
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_polite_signal_ends_with_130_and_saved_state(house: House, number: int) -> None:
-    process = house.start("-m", "alignkit.toy", "pause_seconds=0.3")
+    process = house.start("-m", "alignkit.toy", "pause_seconds=1")
     _wait_for_journal(house, rows=1)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
@@ -291,7 +291,7 @@ def test_a_polite_signal_ends_with_130_and_saved_state(house: House, number: int
     assert err == "interrupted: what is finished is saved, the same command continues\n"
     assert house.manifest()["status"] == "failed"
     assert house.manifest()["error"] == "interrupted"
-    assert house.run("pause_seconds=0.3").code == 0
+    assert house.run("pause_seconds=1").code == 0
     assert house.manifest()["metrics"]["found"] >= 1
     assert house.shouted() == ["ONE", "TWO", "THREE"]
 
