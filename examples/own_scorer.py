@@ -1,7 +1,7 @@
 """A scorer of your own: anything with `score(conversations)` and `reasons`, higher is better.
 
-This one prefers short answers. Its scores go through the same function that rejection sampling uses to find the best of n:
-`python examples/own_scorer.py [scored.jsonl]`, after the demo.
+This one prefers short answers. Its scores go through the same function that rejection sampling uses to find the best
+of n: `python examples/own_scorer.py [scored.jsonl]`, after the demo.
 """
 
 from __future__ import annotations
