@@ -9,6 +9,7 @@ reading order comes before the rounds, what stands behind it follows them.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -167,7 +168,7 @@ def check_evaluation(steps: Sequence[Step], later: Sequence[Step]) -> None:
         )
     for other in later:
         theirs: Any = other.config
-        if other.stage == "evaluate" and config.data.path == theirs.data.path and _overlap(config.data, theirs.data):
+        if other.stage == "evaluate" and _overlap(config.data, theirs.data):
             raise UserError(
                 f"round.evaluation: {config.data.path} decides when rounds end, and step '{other.name}' reports on the "
                 "same rows. Give one of them another file, or rows of their own by data.skip and data.limit"
@@ -175,7 +176,9 @@ def check_evaluation(steps: Sequence[Step], later: Sequence[Step]) -> None:
 
 
 def _overlap(one: RowsConfig, other: RowsConfig) -> bool:
-    """Whether two slices of a file share rows."""
+    """Whether two slices are of one file and share rows."""
+    if os.path.realpath(one.path) != os.path.realpath(other.path):
+        return False
     ends = [float("inf") if rows.limit is None else rows.skip + rows.limit for rows in (one, other)]
     return one.skip < ends[1] and other.skip < ends[0]
 
