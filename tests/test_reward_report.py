@@ -41,6 +41,10 @@ def examine(folder: Path, name: str = "reward") -> None:
         "rewardbench": {"Chat": 0.625},
     }
     path.write_text(json.dumps(manifest))
+    path = folder / "rejection_sampling" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["metrics"]["gains"] = {"grade": {"best_over_greedy": bootstrap_mean([0.5, 0.5, 0.5])}}
+    path.write_text(json.dumps(manifest))
     rows = [row(f"row-{n}", better, worse) for n, (better, worse) in enumerate(SCORES)]
     rows[2]["prompt"][-1]["content"] = EVIL
     (folder / name / "held_out_scores.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
@@ -81,3 +85,10 @@ def test_the_numbers_are_there_with_their_intervals(page: str) -> None:
 def test_the_worst_mistakes_come_first_and_right_pairs_not_at_all() -> None:
     rows = [row("right", 2.0, 1.0), row("bad", 0.0, 1.0), row("worst", 0.0, 5.0), row("equal", 1.0, 1.0)]
     assert [mistake.worse_score for mistake in worst_mistakes(rows)] == [5.0, 1.0]
+
+
+def test_best_of_n_is_compared_with_the_greedy_answer_for_each_seed(page: str) -> None:
+    line = re.search(r"<tr><th scope=\"row\">best of n over the greedy answer</th>.*?</tr>", page)
+    assert line is not None
+    assert "<td>rejection_sampling: grade</td>" in line[0]
+    assert line[0].count("+0.50 [+0.50, +0.50]") == 2
