@@ -352,6 +352,7 @@ def unable(self: JudgeScorer, conversations: list[Any]) -> list[None]:
         ({"uncertainty_penalty": 1.0, "scorer": ScorerKind.judge}, "the teacher has no heads that disagree"),
         ({"max_length_ratio": 0.5}, "max_length_ratio=0.5: must be at least 1"),
         ({"generator": GeneratorKind.openai}, r"server\.model: name the model"),
+        ({"server": ServerConfig(previous_model="v1")}, "server: the model v1 is asked only with generator=openai"),
     ],
 )
 def test_settings_that_leave_nothing_to_choose_are_refused(

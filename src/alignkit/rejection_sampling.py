@@ -181,6 +181,9 @@ def check_config(config: RejectionSamplingConfig) -> None:
         raise UserError(f"uncertainty_penalty={config.uncertainty_penalty}: the teacher has no heads that disagree")
     if config.generator is GeneratorKind.openai and not config.server.model:
         raise UserError("server.model: name the model under which the server has the policy (generator=openai)")
+    served = config.server.model or config.server.previous_model
+    if config.generator is not GeneratorKind.openai and served:
+        raise UserError(f"server: the model {served} is asked only with generator=openai; set that, or leave it out")
     if config.pairing is Pairing.versions and "previous" not in config.versions:
         raise UserError("pairing=versions: name the previous version, previous_adapter (or server.previous_model)")
     if config.pairing is Pairing.versions and config.keep:
