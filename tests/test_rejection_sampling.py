@@ -347,7 +347,10 @@ def unable(self: JudgeScorer, conversations: list[Any]) -> list[None]:
     [
         ({"sampling": replace(SAMPLING, n=1)}, r"sampling\.n=1: one completion a question leaves nothing"),
         ({"pairing": Pairing.versions}, "pairing=versions: name the previous version"),
-        ({"pairing": Pairing.versions, "previous_adapter": "a", "keep": ["b"]}, "pairing=versions with keep"),
+        (
+            {"pairing": Pairing.versions, "previous_adapter": "a", "keep": ["b"]},
+            "not the latest version's. Leave keep out",
+        ),
         ({"uncertainty_penalty": -1.0}, "uncertainty_penalty=-1.0: must be 0 or more"),
         ({"uncertainty_penalty": 1.0, "scorer": ScorerKind.judge}, "the teacher has no heads that disagree"),
         ({"max_length_ratio": 0.5}, "max_length_ratio=0.5: must be at least 1"),
@@ -376,7 +379,7 @@ def test_an_incomplete_reward_model_is_refused_before_anything_is_generated(
     monkeypatch.setattr(hf, "load_generator", None)  # whoever calls it fails
     incomplete = shutil.copytree(reward_folder, tmp_path / "reward")
     (incomplete / part).rename(tmp_path / "gone")
-    with pytest.raises(UserError, match=f"reward=.*no reward model \\({part} is missing\\)"):
+    with pytest.raises(UserError, match=f"reward=.*no reward model, or a damaged one \\({part} is missing\\)"):
         rejection_sampling.run(configure(tmp_path, reward=str(incomplete)))
 
 

@@ -265,8 +265,10 @@ def test_a_missing_or_altered_part_is_an_error(reward_model: RewardModel, tmp_pa
     (tmp_path / "reward_config.json").write_text('{"base": {"name": "x"}}')
     with pytest.raises(UserError, match=r"reward_config.json: damaged"):
         RewardModel.from_pretrained(tmp_path)
-    with pytest.raises(UserError, match="not a reward model"):
+    with pytest.raises(UserError, match="no such folder"):
         RewardModel.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="not a reward model"):
+        RewardModel.from_pretrained(tmp_path / "adapter")
 
 
 def test_a_head_of_another_size_is_refused(reward_model: RewardModel, tmp_path: Path) -> None:

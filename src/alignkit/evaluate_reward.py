@@ -68,7 +68,9 @@ def run(config: EvaluateRewardConfig) -> Artifact:
             return artifact
         from alignkit.evaluation.reward_examination import check_invariance, checked_conversations, examine
         from alignkit.models.reward_model import RewardModel
+        from alignkit.scoring.reward import require_reward_model
 
+        require_reward_model(config.reward)
         groups = leave_out_trained(config, read_groups(config, artifact), artifact)
         reward_model = RewardModel.from_pretrained(config.reward)
         unreadable = examine(reward_model, groups, artifact, probed_answers=config.probed_answers, seed=config.seed)

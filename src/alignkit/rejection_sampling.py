@@ -160,9 +160,8 @@ def run(config: RejectionSamplingConfig) -> Artifact:
         artifact.metrics |= describe_samples(scored["latest"]) | describe(config, scored, artifact)
         artifact.metrics["pairs"] = len(pairs)
         curve = artifact.metrics["best_of_n"]["score"]
-        artifact.summary = (
-            f"score {curve['1']['mean']:.2f} -> best of {config.sampling.n} {list(curve.values())[-1]['mean']:.2f}"
-        )
+        mean, best = curve["1"]["mean"], list(curve.values())[-1]["mean"]
+        artifact.summary = f"score {mean:.2f} -> best of {config.sampling.n} {best:.2f}, {len(pairs)} pairs"
     return artifact
 
 
@@ -187,7 +186,7 @@ def check_config(config: RejectionSamplingConfig) -> None:
     if config.pairing is Pairing.versions and "previous" not in config.versions:
         raise UserError("pairing=versions: name the previous version, previous_adapter (or server.previous_model)")
     if config.pairing is Pairing.versions and config.keep:
-        raise UserError("pairing=versions with keep: answers of earlier rounds are not the latest version's. Leave one")
+        raise UserError("pairing=versions: answers of earlier rounds are not the latest version's. Leave keep out")
     if config.sampling.n == 1 and len(config.versions) == 1 and not config.keep:
         raise UserError(
             "sampling.n=1: one completion a question leaves nothing to choose from and nothing to pair with. Set "

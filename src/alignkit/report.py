@@ -21,12 +21,16 @@ Examples:
 
 from __future__ import annotations
 
+import glob
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 from alignkit.core.artifact import Artifact
 from alignkit.core.config import StageConfig
+
+LOG = logging.getLogger("alignkit")
 
 
 @dataclass
@@ -78,8 +82,18 @@ def run(config: ReportConfig) -> Artifact:
             "steps": sum(len(each.steps) for each in runs),
             "missing": runs[0].missing,
         }
-        artifact.summary = f"{artifact.metrics['steps']} steps of {len(runs)} runs"
+        artifact.summary = f"{artifact.metrics['steps']} steps of {len(runs)} run{'s' * (len(runs) > 1)}"
+        left_out = seeds_left_out(config)
+        if left_out and not config.replicates:
+            listed = ", ".join(left_out)
+            LOG.warning("not in this report: %s. To see all seeds: 'replicates=[%s]'", listed, listed)
     return artifact
+
+
+def seeds_left_out(config: ReportConfig) -> list[str]:
+    """Runs of other seeds, as a pipeline with replicates names them, beside this one."""
+    folder = Path(config.run_dir)
+    return sorted(str(each) for each in folder.parent.glob(f"{glob.escape(folder.name)}-seed*") if each.is_dir())
 
 
 if __name__ == "__main__":

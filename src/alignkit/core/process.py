@@ -96,6 +96,7 @@ def _command_process() -> Iterator[None]:
         os.environ.setdefault(name, value)
     if world_size() > 1:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # which addresses were tried, and the like
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # misses a kernel that is optional
     if not any(isinstance(handler, _Console) for handler in LOG.handlers):
         LOG.addHandler(_Console())
         LOG.setLevel(logging.INFO)

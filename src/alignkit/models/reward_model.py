@@ -165,10 +165,11 @@ class RewardModel:
         return [each if isinstance(each, str) else self._score(each) for each in found]
 
     def scores_and_disagreements(
-        self, conversations: Sequence[Sequence[Message] | str], batch_tokens: int | None = None
+        self, conversations: Sequence[Sequence[Message] | Mapping[str, Any] | str], batch_tokens: int | None = None
     ) -> list[tuple[float, float] | str]:
         """For each conversation its score and how much the heads disagree about it, or the reason why it has none.
 
+        A row of one of the forms of `score` is a conversation, too.
         The disagreement is the standard deviation of the heads' own scores (each head is 0 for an average answer), in
         the unit of the score. Raises `UserError` for a reward model with a single head.
         """
@@ -177,7 +178,13 @@ class RewardModel:
                 "this reward model has one head, and so no disagreement: train one with several (reward heads=4), or "
                 "do without it"
             )
-        found = self._say(conversations, batch_tokens)
+        from alignkit.models.conversations import read_conversation
+
+        read = [
+            read_conversation(each, index) if isinstance(each, Mapping) else each
+            for index, each in enumerate(conversations)
+        ]
+        found = self._say(read, batch_tokens)
         return [each if isinstance(each, str) else (self._score(each), self._disagreement(each)) for each in found]
 
     def raw_scores(self, groups: Sequence[PromptGroup], batch_tokens: int | None = None) -> list[list[float]]:
@@ -301,6 +308,8 @@ def _batches(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) ->
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     path = folder / CONFIG_FILE
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder. Give the run folder of the reward stage.")
     if not path.exists():
         raise UserError(
             f"{folder}: not a reward model ({CONFIG_FILE} is missing). Give the run folder of the reward stage."

@@ -41,10 +41,10 @@ def classifier_card(reward_model: RewardModel, offset: float) -> str:
     tokenizer, heads = reward_model.tokenizer, reward_model.module.value_head.out_features
     several = f"It is the mean of {heads} heads; how much they disagree is not in it.\n" if heads > 1 else ""
     return _CARD.format(
-        base=code(reward_model.model.path),
+        base=code(reward_model.model.path, in_table=False),
         heads=several,
-        end=code(str(tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer)))),
-        pad=code(str(tokenizer.pad_token)),
+        end=code(str(tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer))), in_table=False),
+        pad=code(str(tokenizer.pad_token), in_table=False),
         offset=offset,
         scale=reward_model.scale,
         max_length=reward_model.model.max_length,

@@ -18,9 +18,9 @@ def one_line(text: str, most: int = 1000) -> str:
     return shown if len(shown) <= most and len(text) <= 4 * most else f"{shown[:most]}…"
 
 
-def code(text: str) -> str:
-    """A text as a code span in a Markdown table: in it there is no markup, no link, no mention and no border."""
-    shown = one_line(text).replace("|", "\\|")
+def code(text: str, *, in_table: bool = True) -> str:
+    """A text as a code span in Markdown: in it there is no markup, no link, no mention and, in a table, no border."""
+    shown = one_line(text).replace("|", "\\|") if in_table else one_line(text)
     if not shown:
         return ""
     fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))

@@ -49,9 +49,14 @@ def require_reward_model(folder: str | Path, uncertainty_penalty: float = 0.0) -
 
     To be called before anything is loaded or generated for it.
     """
+    if not Path(folder).is_dir():
+        raise UserError(f"reward={folder}: no such folder. Give a reward stage's run folder.")
     for name in (CONFIG_FILE, HEAD_FILE, ADAPTER_FOLDER):
         if not (Path(folder) / name).exists():
-            raise UserError(f"reward={folder}: no reward model ({name} is missing). Give a reward stage's run folder.")
+            raise UserError(
+                f"reward={folder}: no reward model, or a damaged one ({name} is missing). Give a reward stage's run "
+                "folder; what was lost from one is trained or copied again."
+            )
     entries = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
     if uncertainty_penalty and len(entries.get("head_offsets", [0.0])) < 2:
         raise UserError(
