@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from smoke import ENVIRONMENT, pipeline
@@ -74,6 +75,15 @@ def test_the_demo_controls_have_as_many_steps_as_what_they_control() -> None:
     steps = {step.name: step.config for step in steps_of("pipeline=demo", "replicates=[]")}
     for stage, control in (("sft_best", "sft_control"), ("dpo", "dpo_control"), ("sft_best", "sft_grader")):
         assert steps[stage].train.max_steps == steps[control].train.max_steps > 0  # type: ignore[attr-defined]
+
+
+def test_more_data_for_the_reward_model_is_measured_on_other_questions() -> None:
+    steps: dict[str, Any] = {step.name: step for step in steps_of("pipeline=reward_data", "replicates=[]")}
+    learned, fresh = steps["sample"].config.data, steps["fresh_sample"].config.data
+    assert learned.path == fresh.path
+    assert fresh.skip + fresh.limit == learned.skip
+    measuring = {steps[name].folder for name in ("reward", "fresh_judge")}
+    assert steps["evaluate_reward"].needs == measuring
 
 
 def test_the_qwen_pipeline_gives_model_hardware_and_teacher_to_the_stages_that_have_them() -> None:
