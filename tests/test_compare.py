@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from alignkit.compare import JobResult, markdown_table, metric_names, read_jobs
+from alignkit.compare import JobResult, markdown_table, metric_names, read_jobs, telling, terminal_table
 from alignkit.core.errors import UserError
 from alignkit.core.sweep import job_name, plan
 
@@ -69,6 +69,7 @@ def test_a_failed_job_stops_neither_the_others_nor_the_comparison(house: House) 
     assert "3 jobs, 2 failed" in result.out
     statuses = {row[0]: row[1] for row in table(house)[2:]}
     assert statuses == {"user": "failed: the toy cannot do that", "''": "complete", "bug": "failed: see log.txt"}
+    assert {("user", "failed"), ("bug", "failed")} <= {tuple(line.split()) for line in result.out.splitlines()}
 
 
 def test_a_job_without_its_input_fails_alone(house: House) -> None:
@@ -142,6 +143,33 @@ def test_metrics_are_flattened_with_their_intervals(tmp_path: Path) -> None:
         "| --- | --- | --- | --- | --- | --- |\n"
         "| 1 | complete | 61.2 | 0.1235 | 1234567 | 0.5 (0.4 to 0.6) |\n"
     )
+
+
+def test_a_terminal_shows_what_varies_held_out_metrics_and_those_that_differ() -> None:
+    metrics = {"rows": 100, "loss": 0.5, "held_out.accuracy": 0.625, "seconds_a_step": 0.1}
+    jobs = [
+        JobResult({"beta": "0.1"}, "complete", 1.0, metrics, {"held_out.accuracy": (0.25, 0.75)}),
+        JobResult({"beta": "0.3"}, "complete", 1.0, {**metrics, "loss": 0.25}, {}),
+        JobResult({"beta": "9"}, "failed: beta=9: a long story", None, {}, {}),
+    ]
+    names = telling(jobs, list(metrics))
+    assert names == ["held_out.accuracy", "loss"]
+    assert terminal_table(jobs, names, 80) == (
+        "beta  status    held_out.accuracy     loss\n"
+        "0.1   complete  0.625 (0.25 to 0.75)  0.5\n"
+        "0.3   complete  0.625                 0.25\n"
+        "9     failed"
+    )
+    assert telling(jobs[:1], ["rows", "loss"]) == ["rows", "loss"]  # nothing differs
+
+
+@pytest.mark.parametrize(("width", "metrics"), [(1000, 6), (51, 6), (50, 5), (10, 1)])
+def test_a_terminal_shows_no_more_than_fits_and_counts_the_rest(width: int, metrics: int) -> None:
+    names = [f"loss{number}" for number in range(9)]  # 5 characters; 1 + 6 for the others, 2 between columns
+    jobs = [JobResult({"a": "1"}, "failed", None, dict.fromkeys(names, 0.5), {})]
+    header, _, rest = terminal_table(jobs, names, width).splitlines()
+    assert header.split() == ["a", "status", *names[:metrics]]
+    assert rest == f"({9 - metrics} more metrics in comparison.md)"
 
 
 def test_jobs_are_ordered_by_what_varies(house: House) -> None:

@@ -248,6 +248,19 @@ def test_an_interrupted_generation_resumes_to_the_same_completions(tmp_path: Pat
     assert generator.seeds == [chunk_seed(7, index) for index in range(2, 7)]  # the torn chunk and those never begun
 
 
+def test_only_what_is_left_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(KeyboardInterrupt), Journal(tmp_path / "journal.jsonl", "same") as journal:
+        generate_all(_Fake(chunks=3), _rows(50), GREEDY, 7, journal, rows_a_chunk=10)
+    with caplog.at_level("INFO", logger="alignkit"), Journal(tmp_path / "journal.jsonl", "same") as journal:
+        for _ in range(2):
+            generate_all(_Fake(), _rows(50), GREEDY, 7, journal, rows_a_chunk=10)
+    first, second, third, *rest = [record.getMessage() for record in caplog.records]
+    assert first == "resuming generation: 3 of 5 chunks are in the journal"
+    assert second == "generating with fake: 2 to do"
+    assert third.startswith("generating with fake: 2 done in ")
+    assert rest == ["resuming generation: 5 of 5 chunks are in the journal"]  # and no bar for nothing
+
+
 def test_chunk_seeds_differ_and_fit_torch() -> None:
     seeds = {chunk_seed(seed, index) for seed in range(20) for index in range(50)}
     assert len(seeds) == 1000

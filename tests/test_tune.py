@@ -52,6 +52,20 @@ def test_the_best_trial_is_the_one_that_measures_best(tuned: House, maximize: st
     assert (tuned.folder / HOME / "comparison" / "comparison.md").read_text().count("complete") == 3
 
 
+def test_the_trials_are_part_of_the_search(tuned: House) -> None:
+    """Its time is theirs, and its log holds what they say."""
+    assert tuned.run("trials=2", stage="tune").code == 0
+    assert (tuned.folder / HOME / "log.txt").read_text().count("toy: 3 rows in ") == 2
+
+
+def test_trials_that_tie_for_best_are_counted(tuned: House) -> None:
+    assert "best length 11: alignkit toy" in tuned.run("trials=2", 'space={factor: "choice(1)"}', stage="tune").out
+    varied = 'space={factor: "choice(1)", seed: "int(1,1000000)"}'
+    result = tuned.run("trials=3", varied, "name=other", stage="tune")
+    command = (tuned.folder / "runs/default/other/best.txt").read_text().strip()
+    assert f"3 of 3 trials tie at 11 for the best length, one is {command}" in result.out
+
+
 def test_more_trials_continue_the_same_search(tuned: House) -> None:
     tuned.run("trials=2", stage="tune")
     before = factors(tuned)
@@ -77,6 +91,7 @@ def test_a_failed_trial_does_not_end_the_search(tuned: House) -> None:
 def test_a_search_in_which_every_trial_fails_is_an_error(tuned: House) -> None:
     result = tuned.run("trials=2", 'overrides=["fail=user"]', stage="tune")
     assert result.code == 2
+    assert tuned.manifest(str(HOME))["status"] == "failed"
     assert "all 2 trials failed; the last one: runs/default/tune/jobs/factor-" in result.err
 
 
@@ -131,7 +146,10 @@ def test_without_optuna_the_install_line_is_said(tuned: House, monkeypatch: pyte
 
 def test_a_mean_counts_for_an_estimate(tmp_path: Path) -> None:
     manifest = '{"stage": "dpo", "status": "complete", "fingerprint": "", "inputs": [], "outputs": [], "metrics": %s}'
-    (tmp_path / "manifest.json").write_text(manifest % '{"held_out": {"accuracy": {"mean": 0.75, "low": 0.5}}}')
+    metrics = '{"loss": 0.5, "held_out": {"accuracy": {"mean": 0.75, "low": 0.5, "high": 0.875}}}'
+    (tmp_path / "manifest.json").write_text(manifest % metrics)
     assert tune.measured(tmp_path, "held_out.accuracy") == 0.75
+    assert tune.interval(tmp_path, "held_out.accuracy") == " (0.5 to 0.875)"
+    assert tune.interval(tmp_path, "loss") == ""
     with pytest.raises(UserError, match=r"metric=held_out.margin: .* has no such number"):
         tune.measured(tmp_path, "held_out.margin")

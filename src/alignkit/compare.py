@@ -3,7 +3,8 @@
 A sweep (`alignkit <stage> -m ...`) runs this stage when its jobs are done; run it by hand to refresh the comparison.
 
 Reads:   folder                    the jobs of a sweep: a folder each, with job.json and a manifest
-Writes:  comparison.md             what varies x status, seconds and every metric that is a number
+Writes:  comparison.md             what varies x status, seconds and every metric that is a number; a terminal shows
+                                   of these the held-out ones and those that differ, as far as they fit
          comparison.svg            one panel for each metric that differs, one bar for each job
 
 Overrides people use:
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,11 @@ from alignkit.core.config import MISSING, StageConfig
 from alignkit.core.errors import UserError
 
 LOG = logging.getLogger("alignkit")
+
+TERMINAL_COLUMNS = 8
+"""A table of more columns is not read on a terminal."""
+GAP = 2
+"""Blanks between two columns there."""
 
 
 @dataclass
@@ -70,7 +77,8 @@ def run(config: CompareConfig) -> Artifact:
         names = metric_names(jobs, config.metrics)
         table = markdown_table(jobs, names)
         path = artifact.write_text("comparison.md", table)
-        LOG.info("%s", table.rstrip())
+        shown = config.metrics or telling(jobs, names)
+        LOG.info("%s", terminal_table(jobs, shown, shutil.get_terminal_size((120, 24)).columns))
         artifact.summary = f"{len(jobs)} jobs compared in {path}"
         if names:
             with artifact.output("comparison.svg") as figure:
@@ -129,6 +137,37 @@ def metric_names(jobs: Sequence[JobResult], wanted: Sequence[str]) -> list[str]:
 def differs(jobs: Sequence[JobResult], name: str) -> bool:
     """Whether a metric has more than one value among the jobs that have it."""
     return len({job.metrics[name] for job in jobs if name in job.metrics}) > 1
+
+
+def telling(jobs: Sequence[JobResult], names: Sequence[str]) -> list[str]:
+    """What to look at first: the held-out metrics, then others that differ; all where there are none of these."""
+    held_out = [name for name in names if name.startswith("held_out.")]
+    return [*held_out, *(name for name in names if name not in held_out and differs(jobs, name))] or list(names)
+
+
+def terminal_table(jobs: Sequence[JobResult], names: Sequence[str], width: int) -> str:
+    """What varies, how each job ended, and the first metrics, as many as have room but at least one."""
+    varied = list(dict.fromkeys(key for job in jobs for key in job.varied))
+    columns = [[key, *(job.varied.get(key, "") for job in jobs)] for key in varied]
+    columns.append(["status", *(job.status.split(":")[0] for job in jobs)])
+    room = width + GAP - sum(_width(column) for column in columns)
+    fitting = 0
+    for name in names:
+        column = [name, *(_cell(job, name) for job in jobs)]
+        room -= _width(column)
+        if fitting and (room < 0 or len(columns) >= TERMINAL_COLUMNS):
+            break
+        columns.append(column)
+        fitting += 1
+    padded = [[cell.ljust(_width(column)) for cell in column] for column in columns]
+    lines = ["".join(cells).rstrip() for cells in zip(*padded, strict=True)]
+    if fitting < len(names):
+        lines.append(f"({len(names) - fitting} more metrics in comparison.md)")
+    return "\n".join(lines)
+
+
+def _width(column: Sequence[str]) -> int:
+    return max(map(len, column)) + GAP
 
 
 def markdown_table(jobs: Sequence[JobResult], names: Sequence[str]) -> str:

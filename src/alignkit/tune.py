@@ -69,26 +69,41 @@ def run(config: TuneConfig) -> Artifact:
     from alignkit.core.sweep import compare_jobs
 
     study, home = _study(config), Path(config.output_dir)
-    failed: list[str] = []
-    for _ in range(config.trials):
-        trial = study.ask()
-        settings = {key: suggest(trial, key, text) for key, text in config.ranges.items()}
-        folder, error = _run_trial(config, settings, home / "jobs")
-        if error:
-            failed.append(error)
-            study.tell(trial, state=_failed())
-        else:
-            trial.set_user_attr("command", (read_manifest(folder) or {})["command"])
-            study.tell(trial, measured(folder, config.metric))
-    if len(failed) == config.trials:
-        raise UserError(f"all {config.trials} trials failed; the last one: {failed[-1]}")
-    compare_jobs(home / "jobs", home / "comparison")
     with Artifact.open("tune", config, always=True) as artifact:
+        failed: list[str] = []
+        for _ in range(config.trials):
+            trial = study.ask()
+            settings = {key: suggest(trial, key, text) for key, text in config.ranges.items()}
+            folder, error = _run_trial(config, settings, home / "jobs")
+            if error:
+                failed.append(error)
+                study.tell(trial, state=_failed())
+            else:
+                trial.set_user_attr("command", (read_manifest(folder) or {})["command"])
+                trial.set_user_attr("interval", interval(folder, config.metric))
+                study.tell(trial, measured(folder, config.metric))
+        if len(failed) == config.trials:
+            raise UserError(f"all {config.trials} trials failed; the last one: {failed[-1]}")
         best = study.best_trial
         artifact.write_text("best.txt", best.user_attrs["command"] + "\n")
         artifact.metrics = {"trials": config.trials, "failed": len(failed), "best": best.value}
-        artifact.summary = f"best {config.metric} {best.value:.4g}: {best.user_attrs['command']}"
+        artifact.summary = summarize(study, config.metric)
+    compare_jobs(home / "jobs", home / "comparison")  # which reads what is complete
     return artifact
+
+
+def summarize(study: optuna.Study, metric: str) -> str:
+    """The best value, its interval if it has one, and its command; or how many trials tie for it, and one's command.
+
+    Trials with the same settings are the same run, which does not tie with itself.
+    """
+    best = study.best_trial
+    command = best.user_attrs["command"]
+    tied = [trial.user_attrs["command"] for trial in study.trials if trial.value == best.value]
+    value = f"{best.value:.4g}{best.user_attrs['interval']}"
+    if len(set(tied)) > 1:
+        return f"{len(tied)} of {len(study.trials)} trials tie at {value} for the best {metric}, one is {command}"
+    return f"best {metric} {value}: {command}"
 
 
 def _study(config: TuneConfig) -> optuna.Study:
@@ -168,17 +183,32 @@ def _overrides(config: TuneConfig, settings: Mapping[str, str]) -> list[str]:
 
 def measured(folder: Path, metric: str) -> float:
     """A number in the metrics of a finished run. Raises `UserError` that names those there are."""
-    metrics = (read_manifest(folder) or {})["metrics"]
-    value: Any = metrics
-    for part in metric.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
+    value = _metric(folder, metric)
     value = value.get("mean") if isinstance(value, Mapping) else value
     if not isinstance(value, int | float):
         raise UserError(
-            f"metric={metric}: {folder} has no such number. Its metrics: {', '.join(metrics)}. held_out.* needs "
-            "held-out rows, as in 'overrides=[\"held_out_share=0.2\"]'"
+            f"metric={metric}: {folder} has no such number. Its metrics: {', '.join(_metrics(folder))}. held_out.* "
+            "needs held-out rows, as in 'overrides=[\"held_out_share=0.2\"]'"
         )
     return float(value)
+
+
+def interval(folder: Path, metric: str) -> str:
+    """An estimate's interval, as it stands behind the value; of other numbers nothing."""
+    value = _metric(folder, metric)
+    known = isinstance(value, Mapping) and {"low", "high"} <= value.keys()
+    return f" ({value['low']:.4g} to {value['high']:.4g})" if known else ""
+
+
+def _metric(folder: Path, metric: str) -> Any:
+    value: Any = _metrics(folder)
+    for part in metric.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _metrics(folder: Path) -> dict[str, Any]:
+    return dict((read_manifest(folder) or {})["metrics"])
 
 
 if __name__ == "__main__":

@@ -41,12 +41,10 @@ def generate_all(
     """
     size = rows_a_chunk or chunk_size(sampling)
     chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
-    done = sum(all(row.id in journal.done for row in chunk) for chunk in chunks)
-    if done:
-        LOG.info("resuming generation: %d of %d chunks are in the journal", done, len(chunks))
-    for index, chunk in progress(enumerate(chunks), f"generating with {generator.label}", total=len(chunks)):
-        if all(row.id in journal.done for row in chunk):
-            continue
+    left = [(index, chunk) for index, chunk in enumerate(chunks) if any(row.id not in journal.done for row in chunk)]
+    if len(left) < len(chunks):
+        LOG.info("resuming generation: %d of %d chunks are in the journal", len(chunks) - len(left), len(chunks))
+    for index, chunk in progress(left, f"generating with {generator.label}") if left else ():
         completions = generator.generate([row.prompt for row in chunk], sampling, chunk_seed(seed, index))
         for row, written in zip(chunk, completions, strict=True):
             journal.add(row.id, [completion.model_dump() for completion in written])
