@@ -251,6 +251,7 @@ def test_an_interrupted_generation_resumes_to_the_same_completions(tmp_path: Pat
 def test_only_what_is_left_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(KeyboardInterrupt), Journal(tmp_path / "journal.jsonl", "same") as journal:
         generate_all(_Fake(chunks=3), _rows(50), GREEDY, 7, journal, rows_a_chunk=10)
+    caplog.clear()
     with caplog.at_level("INFO", logger="alignkit"), Journal(tmp_path / "journal.jsonl", "same") as journal:
         for _ in range(2):
             generate_all(_Fake(), _rows(50), GREEDY, 7, journal, rows_a_chunk=10)
