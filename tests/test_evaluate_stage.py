@@ -93,7 +93,9 @@ def test_scores_every_model_on_the_same_questions(home: Path, tmp_path: Path) ->
     for name, summary in artifact.metrics["models"].items():
         assert summary["exact_match"]["n"] == 19
         assert summary["judge"]["low"] <= summary["judge"]["mean"] <= summary["judge"]["high"]
-        assert summary["judge"]["mean"] == pytest.approx(sum(row.answers[name].judge or 0 for row in rows) / 19)
+        assert summary["judge"]["mean"] == pytest.approx(
+            sum(row.answers[name].scores.get("judge", 0) for row in rows) / 19
+        )
         assert set(summary["exact_match_by"]) == {"form", "level", "kind", "held_out_name"}
     pairs = [(entry["new"], entry["old"]) for entry in artifact.metrics["comparisons"]]
     assert pairs == [("sft", "base"), ("dpo", "sft")]

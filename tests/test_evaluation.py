@@ -156,7 +156,7 @@ def test_summary_of_a_model() -> None:
 def test_where_statements_repeat_exact_match_is_resampled_by_statement() -> None:
     copies = [row.model_copy(update={"id": f"{row.id}-{copy}"}) for row in ROWS for copy in range(10)]
     statements = [row.instruction for row in copies]
-    right = [float(row.answers["new"].exact_match) for row in copies]
+    right = [row.answers["new"].scores["exact_match"] for row in copies]
     found = summarise(copies, "new", seed=3)
     assert found["exact_match"] == bootstrap_mean(right, statements, 3)
     assert found["exact_match"]["high"] - found["exact_match"]["low"] > 0.5  # four statements, not forty rows

@@ -246,7 +246,7 @@ def test_figures_have_text_alternatives_and_the_colours_of_the_page(page: str) -
 def test_the_numbers_are_those_of_the_predictions(runs: Path, page: str) -> None:
     rows = [row for name in ("demo", "demo-seed2") for row in predictions(runs / name)]
     for model in ("base", "dpo"):
-        share = sum(row.answers[model].exact_match for row in rows) / len(rows)
+        share = sum(row.answers[model].scores["exact_match"] for row in rows) / len(rows)
         assert f"{100 * share:.1f}\u00a0%" in page
     gain = compare(rows, "dpo", "sft_best")["exact_match"]
     assert (
@@ -408,7 +408,7 @@ def test_samples_follow_their_rule(runs: Path) -> None:
     chosen, groups = held_out.samples()
     assert sum(groups.values()) == 120
     for sample in chosen:
-        right = [sample.row.answers[model].exact_match for model in held_out.ladder]
+        right = [sample.row.answers[model].scores["exact_match"] for model in held_out.ladder]
         expected = {
             "improved": not right[0] and right[-1],
             "broken": any(right) and not right[-1],

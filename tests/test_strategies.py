@@ -124,7 +124,7 @@ def by_hand(folder: Path, seeds: list[int], name: str) -> list[dict[str, float]]
     means = []
     for seed in seeds:
         answers = [row["answers"][name] for row in read(folder / f"seed{seed}" / "evaluate", "predictions.jsonl")]
-        means.append({score: fmean(float(each[score]) for each in answers) for score in ("exact_match", "token_f1")})
+        means.append({score: fmean(each["scores"][score] for each in answers) for score in ("exact_match", "token_f1")})
     return means
 
 

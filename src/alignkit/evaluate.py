@@ -161,6 +161,8 @@ def predict(example: QAExample, answers: Answers, grades: Mapping[tuple[str, str
         instruction=example.instruction,
         input=example.input,
         reference=example.output,
+        document=extra.get("document"),
+        source=example.source or None,
         kind=example.kind,
         form=extra.get("form"),
         level=extra.get("level"),

@@ -23,29 +23,44 @@ SCORES = ("exact_match", "token_f1", "judge")
 
 
 class ModelAnswer(BaseModel):
-    """One model's answer to one question, scored. `judge` is the teacher's 0-10, if one was asked and could say."""
+    """One model's answer to one question, scored. A score that could not be taken is not there, rather than 0."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     text: str
     finished: bool
-    exact_match: bool
-    token_f1: float
-    verdict_right: bool | None = None
-    judge: float | None = None
+    """False when the length limit cut the text before an end-of-turn token."""
+    scores: dict[str, float]
+    contexts: list[str] = []
+    """What the model was given to read, where that was not the row's own statement."""
 
 
 class Prediction(Row):
-    """A held-out question with its reference answer and all models' answers."""
+    """A held-out question with its reference answer and all models' answers.
+
+    Questions about one `document` are correlated; where a row names none, its statement is taken for it.
+    """
 
     instruction: str
     input: str
     reference: str
+    document: str | None = None
+    source: str | None = None
     kind: str | None = None
     form: str | None = None
     level: str | None = None
     held_out_name: bool | None = None
     answers: dict[str, ModelAnswer]
+
+    @property
+    def cluster(self) -> str:
+        """What correlated questions have in common: their document, or else their statement."""
+        return self.document if self.document is not None else self.instruction
+
+    def score(self, model: str, name: str) -> float | None:
+        """One score of one model's answer; None when the model did not answer or the score could not be taken."""
+        answer = self.answers.get(model)
+        return None if answer is None else answer.scores.get(name)
 
 
 def read_predictions(path: Path) -> list[Prediction]:
@@ -59,14 +74,13 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 def score_answer(text: str, reference: str, *, finished: bool, judge: float | None = None) -> ModelAnswer:
     """An answer with every score that two texts suffice for, and the judge's."""
-    return ModelAnswer(
-        text=text,
-        finished=finished,
-        exact_match=exact_match(text, reference),
-        token_f1=token_f1(text, reference),
-        verdict_right=verdict_is_right(text, reference),
-        judge=judge,
-    )
+    scores = {"exact_match": float(exact_match(text, reference)), "token_f1": token_f1(text, reference)}
+    right = verdict_is_right(text, reference)
+    if right is not None:
+        scores["verdict_right"] = float(right)
+    if judge is not None:
+        scores["judge"] = judge
+    return ModelAnswer(text=text, finished=finished, scores=scores)
 
 
 def summarise(rows: Sequence[Prediction], model: str, seed: int = 0) -> dict[str, Any]:
@@ -76,18 +90,18 @@ def summarise(rows: Sequence[Prediction], model: str, seed: int = 0) -> dict[str
     where statements repeat. Where all are different it has Wilson's, as the share of finished answers always has.
     """
     answers = [row.answers[model] for row in rows]
-    statements = [row.instruction for row in rows]
-    summary: dict[str, Any] = {"exact_match": proportion([answer.exact_match for answer in answers], statements, seed)}
-    summary["token_f1"] = bootstrap_mean([answer.token_f1 for answer in answers], statements, seed)
-    judged = [
-        (answer.judge, row.instruction) for answer, row in zip(answers, rows, strict=True) if answer.judge is not None
-    ]
+    clusters = [row.cluster for row in rows]
+    summary: dict[str, Any] = {
+        "exact_match": proportion([answer.scores["exact_match"] for answer in answers], clusters, seed)
+    }
+    summary["token_f1"] = bootstrap_mean([answer.scores["token_f1"] for answer in answers], clusters, seed)
+    judged = [(grade, row.cluster) for row in rows if (grade := row.score(model, "judge")) is not None]
     if judged:
-        summary["judge"] = bootstrap_mean([score for score, _ in judged], [statement for _, statement in judged], seed)
+        summary["judge"] = bootstrap_mean([grade for grade, _ in judged], [cluster for _, cluster in judged], seed)
     right = {wanted: _right_verdicts(rows, model, wanted) for wanted in ("yes", "no")}
     if right["yes"] and right["no"]:
         summary["balanced_verdict_accuracy"] = balanced_accuracy(right["yes"], right["no"], seed)
-    summary["words"] = bootstrap_mean([len(words(answer.text)) for answer in answers], statements, seed)
+    summary["words"] = bootstrap_mean([len(words(answer.text)) for answer in answers], clusters, seed)
     summary["finished"] = wilson(sum(answer.finished for answer in answers), len(answers))
     summary["exact_match_by"] = breakdown(rows, model, seed)
     return summary
@@ -97,13 +111,13 @@ def breakdown(rows: Sequence[Prediction], model: str, seed: int = 0) -> dict[str
     """Exact match by each value of each tag that the rows have: tag -> value -> `Estimate`."""
     table: dict[str, dict[str, Estimate]] = {}
     for tag in TAGS:
-        matches: dict[str, list[tuple[bool, str]]] = {}
+        matches: dict[str, list[tuple[float, str]]] = {}
         for row in rows:
             if (value := getattr(row, tag)) is not None:
-                matches.setdefault(str(value), []).append((row.answers[model].exact_match, row.instruction))
+                matches.setdefault(str(value), []).append((row.answers[model].scores["exact_match"], row.cluster))
         if matches:
             table[tag] = {
-                value: proportion([right for right, _ in found], [statement for _, statement in found], seed)
+                value: proportion([right for right, _ in found], [cluster for _, cluster in found], seed)
                 for value, found in matches.items()
             }
     return table
@@ -118,12 +132,14 @@ def compare(rows: Sequence[Prediction], new: str, old: str, seed: int = 0) -> di
     """
     comparison: dict[str, Any] = {"new": new, "old": old}
     for score in SCORES:
-        pairs = [(getattr(row.answers[new], score), getattr(row.answers[old], score), row.instruction) for row in rows]
-        known = [(float(after) - float(before), group) for after, before, group in pairs if None not in (after, before)]
+        pairs = [(row.score(new, score), row.score(old, score), row.cluster) for row in rows]
+        known = [
+            (after - before, cluster) for after, before, cluster in pairs if after is not None and before is not None
+        ]
         if known:
             differences, groups = zip(*known, strict=True)
             comparison[score] = bootstrap_mean(differences, groups, seed)
-    changes = [int(row.answers[new].exact_match) - int(row.answers[old].exact_match) for row in rows]
+    changes = [row.answers[new].scores["exact_match"] - row.answers[old].scores["exact_match"] for row in rows]
     comparison["gained"], comparison["lost"] = changes.count(1), changes.count(-1)
     comparison["mcnemar_p"] = mcnemar_p(comparison["gained"], comparison["lost"])
     return comparison
@@ -131,4 +147,4 @@ def compare(rows: Sequence[Prediction], new: str, old: str, seed: int = 0) -> di
 
 def _right_verdicts(rows: Sequence[Prediction], model: str, wanted: str) -> list[float]:
     """1 for a right verdict and 0 for a wrong or missing one, over the rows whose true verdict is `wanted`."""
-    return [float(row.answers[model].verdict_right or False) for row in rows if read_verdict(row.reference) == wanted]
+    return [row.score(model, "verdict_right") or 0.0 for row in rows if read_verdict(row.reference) == wanted]

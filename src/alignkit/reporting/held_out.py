@@ -109,9 +109,9 @@ class HeldOut:
         """A model's score over all seeds together, with a bootstrap interval over statements; of one seed, its own."""
         if len(self.seeds) == 1:
             return self.by_seed(model, score)[0]
-        scored = [(getattr(row.answers[model], score), row.instruction) for row in self._rows(model)]
-        known = [(float(value), statement) for value, statement in scored if value is not None]
-        return bootstrap_mean([value for value, _ in known], [statement for _, statement in known]) if known else None
+        scored = [(row.score(model, score), row.cluster) for row in self._rows(model)]
+        known = [(value, cluster) for value, cluster in scored if value is not None]
+        return bootstrap_mean([value for value, _ in known], [cluster for _, cluster in known]) if known else None
 
     def gain(self, new: str, old: str) -> Gain:
         """`new` against `old`, over all seeds together and for each of them."""
@@ -178,7 +178,7 @@ class HeldOut:
         return "upper bound" if new in self.roles.upper_bounds else "stage"
 
     def _group(self, row: Prediction) -> str:
-        right = [row.answers[model].exact_match for model in self.ladder if model in row.answers]
+        right = [row.score(model, "exact_match") == 1 for model in self.ladder if model in row.answers]
         if right[-1]:
             return "still right" if right[0] else "improved"
         return "broken" if any(right) else "still wrong"
@@ -240,7 +240,7 @@ def _with_kept(
 
 
 def _exact_match(rows: Sequence[Prediction], model: str) -> Estimate:
-    return bootstrap_mean([row.answers[model].exact_match for row in rows], [row.instruction for row in rows])
+    return bootstrap_mean([row.answers[model].scores["exact_match"] for row in rows], [row.cluster for row in rows])
 
 
 def _in_turn(rows: Sequence[Prediction]) -> list[Prediction]:
