@@ -12,15 +12,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from statistics import mean
+from typing import Any, Protocol
 
 from alignkit.core.config import ModelConfig, SamplingConfig
 from alignkit.core.journal import Journal
-from alignkit.core.records import Completion, Message
+from alignkit.core.records import Completion, Message, Tools
 from alignkit.data.sources.qa_expert import RETRIEVE
 from alignkit.data.tools import MalformedCallError, read_calls
 from alignkit.evaluation.answers import Answer, Missing
 from alignkit.evaluation.contexts import Question
-from alignkit.generation.hf import HFGenerator
+from alignkit.generation.base import Generator
 from alignkit.generation.questions import unfit
 from alignkit.generation.resumable import chunk_seed, generate_all
 from alignkit.retrieval.base import Retriever
@@ -31,6 +32,13 @@ SCORES = ("hops", "malformed_call", "search_cut")
 """What is known of a search: its calls, whether it ended in one that cannot be read, or in one too many."""
 NOTHING = "Nothing was found."
 """The result of a search that finds nothing."""
+
+
+class ToolUser(Generator, Protocol):
+    """A generator that offers the functions `tools` in every prompt (`HFGenerator`)."""
+
+    tokenizer: Any
+    tools: Tools | None
 
 
 @dataclass
@@ -58,7 +66,7 @@ class Turn:
 
 
 def search_and_answer(
-    generator: HFGenerator,
+    generator: ToolUser,
     questions: Sequence[Question],
     retriever: Retriever,
     k: int,

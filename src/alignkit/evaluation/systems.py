@@ -13,7 +13,7 @@ A system has a name and a source, and what stands at the source says what it is:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -80,7 +80,7 @@ def identify(models: Mapping[str, str]) -> list[System]:
     return [_identify(name, source) for name, source in models.items()]
 
 
-def check_servers(systems: list[System], servers: ServersConfig) -> None:
+def check_servers(systems: Sequence[System], servers: ServersConfig) -> None:
     """Raise `UserError` for the key of a system that is no server."""
     asked = [system.name for system in systems if system.kind is SystemKind.server]
     for name in servers.api_key_env:
