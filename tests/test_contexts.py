@@ -11,9 +11,11 @@ import pytest
 from tiny_random import save_random_base
 
 from alignkit.core.app import load_config
+from alignkit.core.config import RowsConfig
 from alignkit.core.errors import UserError
 from alignkit.core.journal import Journal
 from alignkit.core.records import QAExample
+from alignkit.data.sources import read_questions
 from alignkit.evaluate import run
 from alignkit.evaluation.contexts import (
     ContextKind,
@@ -169,3 +171,10 @@ def test_what_was_read_is_in_the_predictions(tmp_path: Path, kind: str) -> None:
         assert all(row["instruction"] in answer.contexts for row, answer in zip(rows, answers, strict=True))
         assert all(len(answer.contexts) == count for answer in answers)
         assert artifact.metrics["contexts"]["statement_found"] == 1
+
+
+def test_questions_of_the_documents_recipe_keep_their_document(tmp_path: Path) -> None:
+    fields = {"question": "Q?", "context": "[d.md, 1]\nText.", "answer": "A.", "chunks_rag": "", "document": "d.md"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(fields) + "\n")
+    (row,), _ = read_questions(RowsConfig(path=str(tmp_path / "rows.jsonl")))
+    assert (row.instruction, row.model_extra) == ("[d.md, 1]\nText.", {"document": "d.md"})
