@@ -170,7 +170,10 @@ def open_here(system: System, model: ModelConfig, shared: Any = None) -> HFGener
     if system.kind is SystemKind.gguf:
         generator = _open_gguf(system, model)
     elif system.kind is SystemKind.model:
-        generator = load_generator(replace(model, path=system.source, revision=None), None)
+        try:
+            generator = load_generator(replace(model, path=system.source, revision=None), None)
+        except UserError as error:
+            raise UserError(f"models.{system.name}={system.source}: {error}") from error
     else:
         generator = load_generator(model, system.source or None, shared)
     generator.label = system.name
