@@ -28,6 +28,7 @@ from alignkit.evaluation.contexts import (
 )
 from alignkit.evaluation.predictions import read_predictions
 from alignkit.retrieval.base import Found, Passage
+from alignkit.retrieval.in_memory import BM25Retriever
 
 CITIES = "Oslo Rome Bern Lima Cairo Paris Delhi Quito Hanoi Sofia Accra Minsk".split()
 
@@ -178,3 +179,16 @@ def test_questions_of_the_documents_recipe_keep_their_document(tmp_path: Path) -
     (tmp_path / "rows.jsonl").write_text(json.dumps(fields) + "\n")
     (row,), _ = read_questions(RowsConfig(path=str(tmp_path / "rows.jsonl")))
     assert (row.instruction, row.model_extra) == ("[d.md, 1]\nText.", {"document": "d.md"})
+
+
+def test_the_retriever_in_memory_keeps_the_protocol() -> None:
+    retriever = BM25Retriever()
+    tower, bridge = Passage(id="b", text="a tower"), Passage(id="a", text="a bridge", title="tower")
+    retriever.index([tower, bridge])
+    assert [hit.passage.id for hit in retriever.search(["tower"], 5)[0]] == ["b", "a"]  # the shorter one first
+    retriever.add([Passage(id="b", text="a bridge tower")])
+    assert [hit.passage.id for hit in retriever.search(["tower"], 5)[0]] == ["a", "b"]  # equal scores by id
+    retriever.delete(["a", "nobody"])
+    assert (len(retriever), retriever.search(["tower", "xyz"], 5)[1]) == (1, [])
+    with pytest.raises(UserError, match="two passages have the id 'a'"):
+        retriever.index([bridge, bridge])
