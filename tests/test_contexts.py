@@ -20,13 +20,15 @@ from alignkit.evaluate import run
 from alignkit.evaluation.contexts import (
     ContextKind,
     PassagesConfig,
+    Question,
     ask_noisy,
     ask_retrieved,
+    exact_match_by_place,
     open_retriever,
     pose,
     read_passages,
 )
-from alignkit.evaluation.predictions import read_predictions
+from alignkit.evaluation.predictions import ModelAnswer, Prediction, read_predictions
 from alignkit.retrieval.base import Found, Passage
 from alignkit.retrieval.in_memory import BM25Retriever
 
@@ -172,6 +174,30 @@ def test_what_was_read_is_in_the_predictions(tmp_path: Path, kind: str) -> None:
         assert all(row["instruction"] in answer.contexts for row, answer in zip(rows, answers, strict=True))
         assert all(len(answer.contexts) == count for answer in answers)
         assert artifact.metrics["contexts"]["statement_found"] == 1
+        by_place = artifact.metrics["exact_match_by_place"]["base"]
+        assert {place: found["n"] for place, found in by_place.items()} == artifact.metrics["contexts"][
+            "place_of_statement"
+        ]
+
+
+def test_exact_match_by_place_by_hand() -> None:
+    rows = examples(3)
+    questions = [
+        Question(row, [], [other, row.instruction]) for row, other in zip(rows[:2], ("Rome", "Bern"), strict=True)
+    ]
+    questions.append(Question(rows[2], [], [rows[2].instruction, "Oslo"]))
+    predictions = [
+        Prediction(
+            id=row.id,
+            instruction=row.instruction,
+            input=row.input,
+            reference=row.output,
+            answers={"m": ModelAnswer(text="", finished=True, scores={"exact_match": score})},
+        )
+        for row, score in zip(rows, (1.0, 0.0, 1.0), strict=True)
+    ]
+    assert exact_match_by_place(questions, predictions, "m") == {"1": {"mean": 1, "n": 1}, "2": {"mean": 0.5, "n": 2}}
+    assert exact_match_by_place(questions, predictions, "other") == {}
 
 
 def test_questions_of_the_documents_recipe_keep_their_document(tmp_path: Path) -> None:

@@ -109,8 +109,7 @@ def run(config: EvaluateConfig) -> Artifact:
         artifact.write_rows("predictions.jsonl", rows)
         artifact.metrics["models"] = {name: summarise(rows, name, config.seed) for name in answers}
         artifact.metrics["comparisons"] = [compare(rows, new, old, config.seed) for new, old in comparisons]
-        if config.contexts is ContextKind.multihop:
-            artifact.metrics["searches"] = describe_multihop(answers, systems)
+        artifact.metrics |= describe_reading(config, questions, answers, rows, systems)
         if config.judge:
             share = sum(grade is not None for grade in grades.values()) / len(grades)
             artifact.check("answers graded", share >= 0.95, f"{share:.1%} of {len(grades)} different answers")
@@ -244,11 +243,24 @@ def score(answer: Answer, example: QAExample, grades: Mapping[tuple[str, str], f
     )
 
 
-def describe_multihop(answers: Answers, systems: Sequence[System]) -> dict[str, dict[str, float]]:
-    """How each model that searched did so."""
+def describe_reading(
+    config: EvaluateConfig,
+    questions: Sequence[Question],
+    answers: Answers,
+    rows: Sequence[Prediction],
+    systems: Sequence[System],
+) -> dict[str, Any]:
+    """How those systems that were asked here searched, or how well they found the statement among other passages."""
+    from alignkit.evaluation.contexts import exact_match_by_place
     from alignkit.evaluation.multihop import describe_searches
+    from alignkit.evaluation.systems import SystemKind
 
-    return {each.name: describe_searches(answers[each.name].values()) for each in systems if each.kind.runs_here}
+    asked = [system.name for system in systems if system.kind is not SystemKind.answers]
+    if config.contexts is ContextKind.clean:
+        return {}
+    if config.contexts is ContextKind.multihop:
+        return {"searches": {name: describe_searches(answers[name].values()) for name in asked}}
+    return {"exact_match_by_place": {name: exact_match_by_place(questions, rows, name) for name in asked}}
 
 
 def headline(models: Mapping[str, dict[str, Any]]) -> str:

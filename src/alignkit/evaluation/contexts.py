@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from random import Random
-from typing import Any, Optional
+from statistics import mean
+from typing import TYPE_CHECKING, Any, Optional
 
 from alignkit.core.errors import UserError
 from alignkit.core.journal import Journal
@@ -24,11 +25,15 @@ from alignkit.retrieval.base import Passage, Retriever
 
 # ruff: noqa: UP045
 
+if TYPE_CHECKING:
+    from alignkit.evaluation.predictions import Prediction
+
 LOG = logging.getLogger("alignkit")
 
 SEARCHED_AT_ONCE = 256
 """Questions in one call to the retriever, which is what a kill can cost."""
 NONE = "none"
+NOT_THERE = "not there"
 
 
 class ContextKind(Enum):
@@ -169,7 +174,7 @@ def ask_noisy(
         similar = [passage for passage in found if _is_distractor(passage, example)]
         chosen = similar[: config.distractor_rank][-config.distractors :]
         taken = {passage.id for passage in chosen}
-        others = (passages[place] for place in random.sample(range(len(passages)), len(passages)))
+        others = _in_random_order(passages, random)
         while len(chosen) < config.distractors:
             other = next((each for each in others if each.id not in taken and _is_distractor(each, example)), None)
             if other is None:
@@ -210,17 +215,31 @@ def ask_openly(examples: Sequence[QAExample]) -> list[Question]:
 
 def describe_contexts(kind: ContextKind, questions: Sequence[Question], passages: int) -> dict[str, Any]:
     """How many passages there are to choose from, where the statement stood, and how often it was there at all."""
-    places: Counter[str] = Counter()
-    for question in questions:
-        statement, _ = statement_and_question(question.example)
-        held = (number for number, text in enumerate(question.contexts, 1) if statement and _share(text, statement))
-        places[str(next(held, "not there"))] += 1
+    places = Counter(place_of_statement(question) for question in questions)
     return {
         "kind": kind.name,
         "passages": passages,
-        "statement_found": 1 - places["not there"] / len(questions),
+        "statement_found": 1 - places[NOT_THERE] / len(questions),
         "place_of_statement": dict(sorted(places.items())),
     }
+
+
+def place_of_statement(question: Question) -> str:
+    """Which passage, from 1, is the row's statement, a part of it, or holds it; or that none does."""
+    statement, _ = statement_and_question(question.example)
+    held = (number for number, text in enumerate(question.contexts, 1) if statement and _share(text, statement))
+    return str(next(held, NOT_THERE))
+
+
+def exact_match_by_place(
+    questions: Sequence[Question], rows: Sequence[Prediction], system: str
+) -> dict[str, dict[str, float]]:
+    """A system's exact match, and the number of rows behind it, for each place where the statement stood."""
+    found: dict[str, list[float]] = {}
+    for question, row in zip(questions, rows, strict=True):
+        if (score := row.score(system, "exact_match")) is not None:
+            found.setdefault(place_of_statement(question), []).append(score)
+    return {place: {"mean": mean(scores), "n": len(scores)} for place, scores in sorted(found.items())}
 
 
 def _read(example: QAExample, shown: list[str]) -> Question:
@@ -232,6 +251,16 @@ def _ranked(passages: Sequence[Passage], queries: Sequence[str], rank: int) -> l
     """More than `rank` hits a query, since some will be of the row's own document."""
     found = open_retriever(passages).search(queries, 2 * rank + 10)
     return [[hit.passage for hit in hits] for hits in found]
+
+
+def _in_random_order(passages: Sequence[Passage], random: Random) -> Iterator[Passage]:
+    """Each passage once; only as many are drawn as are asked for."""
+    drawn: set[int] = set()
+    while len(drawn) < len(passages):
+        place = random.randrange(len(passages))
+        if place not in drawn:
+            drawn.add(place)
+            yield passages[place]
 
 
 def _is_distractor(passage: Passage, example: QAExample) -> bool:
