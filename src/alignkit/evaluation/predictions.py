@@ -33,6 +33,8 @@ class ModelAnswer(BaseModel):
     scores: dict[str, float]
     contexts: list[str] = []
     """What the model was given to read, where that was not the row's own statement."""
+    queries: list[str] = []
+    """What the model searched for, where it searched for itself."""
 
 
 class Prediction(Row):
@@ -86,9 +88,11 @@ def score_answer(text: str, reference: str, *, finished: bool, judge: float | No
 def summarise(rows: Sequence[Prediction], model: str, seed: int = 0) -> dict[str, Any]:
     """A model's scores over all rows, each an `Estimate`; one that no row has is left out.
 
-    Means have a bootstrap interval over statements, since questions about the same one go together; so has exact match
-    where statements repeat. Where all are different it has Wilson's, as the share of finished answers always has.
+    Rows that it has no answer to do not count. Means have a bootstrap interval over statements, since questions about
+    the same one go together; so has exact match where statements repeat. Where all are different it has Wilson's, as
+    the share of finished answers always has.
     """
+    rows = [row for row in rows if model in row.answers]
     answers = [row.answers[model] for row in rows]
     clusters = [row.cluster for row in rows]
     summary: dict[str, Any] = {
@@ -113,7 +117,7 @@ def breakdown(rows: Sequence[Prediction], model: str, seed: int = 0) -> dict[str
     for tag in TAGS:
         matches: dict[str, list[tuple[float, str]]] = {}
         for row in rows:
-            if (value := getattr(row, tag)) is not None:
+            if (value := getattr(row, tag)) is not None and model in row.answers:
                 matches.setdefault(str(value), []).append((row.answers[model].scores["exact_match"], row.cluster))
         if matches:
             table[tag] = {
@@ -127,9 +131,11 @@ def compare(rows: Sequence[Prediction], new: str, old: str, seed: int = 0) -> di
     """Score by score what `new` has over `old` on the same rows: mean difference with a paired bootstrap interval.
 
     For exact match also how many rows were gained and lost, and McNemar's exact p. A row that one of the two has no
-    grade for is left out of that comparison. `rows` may hold several seeds' predictions: rows with one statement go
-    together, so that asking the same questions again does not count as more evidence about other questions.
+    answer to, or no grade for, is left out of that comparison. `rows` may hold several seeds' predictions: rows with
+    one statement go together, so that asking the same questions again does not count as more evidence about other
+    questions.
     """
+    rows = [row for row in rows if new in row.answers and old in row.answers]
     comparison: dict[str, Any] = {"new": new, "old": old}
     for score in SCORES:
         pairs = [(row.score(new, score), row.score(old, score), row.cluster) for row in rows]
