@@ -74,28 +74,29 @@ class ServeConfig(StageConfig):
 
 def run(config: ServeConfig) -> Artifact:
     """Load the base and its adapters, listen, answer until told to stop."""
+    from alignkit.models.shared_base import SharedBase, choose_models, choose_reward_model
     from alignkit.teacher.address import read_key
 
     check_config(config)
     key = read_key(config.api_key_env, "api_key_env") if config.api_key_env else None
-    config = with_models_of_run(config)
+    folder = Path(config.output_dir).parent
+    models, reward_folder = choose_models(config.models, folder), choose_reward_model(config.reward, folder)
+    config = replace(config, models=dict(models), reward=reward_folder)
     with Artifact.open("serve", config, always=True) as artifact:
         from alignkit.generation.continuous import Engine
         from alignkit.generation.server import Api, Guard, Limits, Server, open_socket
         from alignkit.models.headroom import require_memory
         from alignkit.models.jobs import Job
-        from alignkit.models.shared_base import SharedBase
 
-        models = {name: adapter for name, adapter in config.models.items() if adapter is not None}
         with open_socket(config.host, config.port) as listener:
             sampling = SamplingConfig(n=1, batch_size=config.max_answers, max_new_tokens=config.max_tokens)
-            loaded = len(models) + bool(config.reward)
+            loaded = len(models) + bool(reward_folder)
             job = Job(
                 "rejection_sampling", config.model, config.model.max_length, sampling=sampling, adapters_loaded=loaded
             )
             require_memory(job, config.hardware, artifact)
             base = SharedBase(config.model, models)
-            reward = (Path(config.reward).name, base.add_reward_model(config.reward)) if config.reward else None
+            reward = (Path(reward_folder).name, base.add_reward_model(reward_folder)) if reward_folder else None
             limits = Limits(config.max_tokens, config.max_body_bytes, config.grace_seconds)
             with Engine(base, config.max_answers, config.max_waiting) as engine:
                 api = Api(base, engine, limits, reward)
@@ -127,25 +128,6 @@ def check_config(config: ServeConfig) -> None:
             f"host={config.host}: keys and texts would cross the network in the clear. Put a proxy with TLS before "
             "127.0.0.1, or allow it with allow_http=true"
         )
-
-
-def with_models_of_run(config: ServeConfig) -> ServeConfig:
-    """The configuration with the run's adapters and reward model, where it names none of its own."""
-    from alignkit.models.shared_base import find_adapters, find_reward_model
-
-    run = Path(config.output_dir).parent
-    models = {name: adapter for name, adapter in config.models.items() if adapter is not None}
-    if not any(models.values()):
-        found = find_adapters(run)
-        if not found and not run.is_dir() and config.run != "default":
-            raise UserError(f"run={config.run}: there is no {run}. Give a run, or 'models={{name: adapter folder}}'")
-        if not found:
-            LOG.info("there is no adapter in %s: only the base is served", run)
-        models |= found
-    if not models:
-        raise UserError("models: there is nothing to serve. Name an adapter, or leave the base in (models.base='')")
-    reward = find_reward_model(run) if config.reward is None else config.reward
-    return replace(config, models=models, reward=None if reward == "none" else reward)
 
 
 def say_where(config: ServeConfig, port: int, api: Api) -> None:

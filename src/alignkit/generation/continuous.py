@@ -132,10 +132,9 @@ def encode_request(
         raise PromptError(f"the text holds the special token {special}")
     room = max_length - len(prompt)
     if room < (max_tokens or 1):
-        wanted = f" and max_tokens={max_tokens}" if max_tokens else ""
+        wanted = f", and max_tokens={max_tokens} are to follow" if max_tokens else ""
         raise PromptError(
-            f"the prompt has {len(prompt)} tokens, which{wanted} does not fit the context of {max_length} tokens",
-            len(prompt),
+            f"the prompt has {len(prompt)} tokens{wanted}: more than the context of {max_length} tokens", len(prompt)
         )
     return prompt, max_tokens or min(most, room)
 

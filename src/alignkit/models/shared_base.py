@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("alignkit")
 
-BASE = ""
-"""The adapter of a model that is the base alone."""
 _WITHOUT_ADAPTER_OF_THEIR_OWN = ("reward", "export")
 """Stages whose adapter/ is a reward model's, or a copy of another step's."""
 
@@ -74,6 +72,22 @@ class SharedBase:
         return reward_model
 
 
+def choose_models(models: Mapping[str, str | None], run: Path) -> dict[str, str]:
+    """Name -> adapter folder of the models that are named and, where none of them has an adapter, those of the run.
+
+    Null leaves a model out. Raises `UserError` when nothing is left.
+    """
+    chosen = {name: adapter for name, adapter in models.items() if adapter is not None}
+    if not any(chosen.values()):
+        found = find_adapters(run)
+        if not found:
+            LOG.info("there is no adapter of a complete step in %s", run)
+        chosen |= found
+    if not chosen:
+        raise UserError(f"models: {run} has no adapter. Name one, 'models={{name: folder}}', or leave the base in")
+    return chosen
+
+
 def find_adapters(run: Path) -> dict[str, str]:
     """Step -> adapter folder for each complete step of a run that trained or kept an adapter, the oldest first."""
     return {
@@ -83,8 +97,13 @@ def find_adapters(run: Path) -> dict[str, str]:
     }
 
 
-def find_reward_model(run: Path) -> str | None:
-    """The run's reward model; None when it has none. Raises `UserError` when it has several."""
+def choose_reward_model(reward: str | None, run: Path) -> str | None:
+    """The folder of the reward model that is named or, where none is, the run's; `none` stands for no reward model.
+
+    Raises `UserError` when the run has several.
+    """
+    if reward is not None:
+        return None if reward == "none" else reward
     found = [str(folder) for folder, _ in _complete_steps(run) if (folder / CONFIG_FILE).is_file()]
     if len(found) > 1:
         raise UserError(f"reward: {run} has several reward models; name one of {', '.join(found)}, or reward=none")
