@@ -87,9 +87,9 @@ def test_32_streams_of_several_adapters_each_say_what_their_adapter_says_alone(
     client: openai.OpenAI, alone: dict[str, HFGenerator]
 ) -> None:
     sampling = greedily(SamplingConfig(max_new_tokens=NEW_TOKENS))
-    expected = {}
+    expected: dict[tuple[str, str], str] = {}
     for name, generator in alone.items():
-        (*answers,) = generator.generate([user(question) for question in QUESTIONS], sampling, seed=1)
+        answers = generator.generate([user(question) for question in QUESTIONS], sampling, seed=1)
         expected |= {(name, question): answer[0].text for question, answer in zip(QUESTIONS, answers, strict=True)}
     assert len(set(expected.values())) == len(expected) == 32  # no two would be taken for each other
 
@@ -179,9 +179,10 @@ def test_a_stop_string_ends_an_answer_and_is_not_part_of_it(client: openai.OpenA
 def test_parameters_that_ask_for_nothing_and_other_spellings_are_accepted(client: openai.OpenAI) -> None:
     expected = ask(client, "sft", QUESTIONS[0]).choices[0].message.content
     parts = [{"type": "text", "text": QUESTIONS[0][:9]}, {"type": "text", "text": QUESTIONS[0][9:]}]
+    in_parts: Any = [{"role": "user", "content": parts}]
     reply = client.chat.completions.create(
         model="sft",
-        messages=[{"role": "user", "content": parts}],  # type: ignore[list-item,misc]
+        messages=in_parts,
         temperature=0,
         max_completion_tokens=NEW_TOKENS,
         frequency_penalty=0,

@@ -87,9 +87,7 @@ def run(config: ChatConfig) -> Artifact:
 
         loaded = len(models) + bool(reward_folder)
         most = config.model.max_length
-        job = Job(
-            "rejection_sampling", config.model, most, sampling=replace(sampling(config), n=1), adapters_loaded=loaded
-        )
+        job = Job("rejection_sampling", config.model, most, sampling=sampling(config), adapters_loaded=loaded)
         require_memory(job, config.hardware, artifact)
         base = SharedBase(config.model, models)
         reward_model = base.add_reward_model(reward_folder) if reward_folder else None
@@ -106,8 +104,9 @@ def run(config: ChatConfig) -> Artifact:
 
 def sampling(config: ChatConfig) -> SamplingConfig:
     """How answers are drawn."""
-    ranges = {"temperature": [config.temperature] * 2, "top_p": [config.top_p] * 2}
-    return SamplingConfig(n=1, max_new_tokens=config.max_tokens, **ranges)
+    return SamplingConfig(
+        n=1, temperature=[config.temperature] * 2, top_p=[config.top_p] * 2, max_new_tokens=config.max_tokens
+    )
 
 
 def known_models(names: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -187,10 +186,11 @@ class Chat:
                     self.engine.submit(request)
                 self.follow(view, arrived)
             except KeyboardInterrupt:
-                for request in requests.values():
-                    request.cancelled = True
                 view.notes = dict.fromkeys(requests, "broken off")
                 return
+            finally:  # those that have ended do not mind
+                for request in requests.values():
+                    request.cancelled = True
             for name, prompt in prompts.items():
                 self.histories[name] = [*prompt, Message(role="assistant", content=view.texts[name])]
             if self.reward_model:

@@ -176,8 +176,7 @@ class Batch:
         if self.rows:
             longest = max(mask.shape[1], self.mask.shape[1])
             for old, new in zip(self.cache.layers, cache.layers, strict=True):
-                new.keys = torch.cat([_lengthen(each.keys, longest, -2) for each in (old, new)])
-                new.values = torch.cat([_lengthen(each.values, longest, -2) for each in (old, new)])
+                _append(old, new, longest)
             mask = torch.cat([_lengthen(each, longest, -1) for each in (self.mask, mask)])
             position, logits = torch.cat([self.position, position]), torch.cat([self.logits, logits])
         self.cache, self.mask, self.position, self.logits = cache, mask, position, logits
@@ -366,6 +365,12 @@ def _read_together(requests: Sequence[Request]) -> list[list[Request]]:
         else:
             groups.append([request])
     return groups
+
+
+def _append(old: Any, new: Any, length: int) -> None:
+    """Put a cache layer's rows before those of a new one, both as long as said."""
+    new.keys = torch.cat([_lengthen(each.keys, length, -2) for each in (old, new)])
+    new.values = torch.cat([_lengthen(each.values, length, -2) for each in (old, new)])
 
 
 def _lengthen(tensor: Tensor, length: int, dim: int) -> Tensor:

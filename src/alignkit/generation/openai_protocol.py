@@ -112,8 +112,9 @@ class ChatRequest(_Request):
 
     def sampling(self, max_tokens: int) -> SamplingConfig:
         """The same as the other generators read it."""
-        ranges = {"temperature": [self.temperature] * 2, "top_p": [self.top_p] * 2}
-        return SamplingConfig(n=self.n, max_new_tokens=max_tokens, **ranges)
+        return SamplingConfig(
+            n=self.n, temperature=[self.temperature] * 2, top_p=[self.top_p] * 2, max_new_tokens=max_tokens
+        )
 
     def drawn_seed(self) -> int:
         """The seed that is asked for, or one that nobody knows."""

@@ -43,8 +43,8 @@ class SharedBase:
         self._adapters: dict[str, str | None] = dict.fromkeys(models)  # of each name, what PEFT calls its adapter
         for number, name in enumerate(adapters, 1):
             self._adapters[name] = "default" if number == 1 else f"adapter-{number}"
-            if number > 1:
-                add_adapter(self.policy, models[name], model, f"adapter-{number}")
+        for name in adapters[1:]:
+            self._add(models[name], str(self._adapters[name]))
         self.policy.eval()
 
     @property
@@ -61,6 +61,9 @@ class SharedBase:
         without = adapter is None and hasattr(self.policy, "disable_adapter")
         with self.policy.disable_adapter() if without else nullcontext():
             yield self.policy
+
+    def _add(self, adapter: str, name: str) -> None:
+        add_adapter(self.policy, adapter, self.model, name)
 
     def add_reward_model(self, folder: str) -> RewardModel:
         """A reward model as one more adapter of this base, or on a base of its own where it was trained on another."""
