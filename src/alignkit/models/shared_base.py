@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,8 @@ class SharedBase:
             if adapter:
                 check_adapter(adapter, model)  # all of them before anything big is loaded
         adapters = [name for name, adapter in models.items() if adapter]
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
         self.model = model
         self.tokenizer = load_tokenizer(model)
         self.policy: Any = load_policy(model, models[adapters[0]] if adapters else None)
@@ -46,6 +48,7 @@ class SharedBase:
         for name in adapters[1:]:
             self._add(models[name], str(self._adapters[name]))
         self.policy.eval()
+        self._layer = next((each for each in self.policy.modules() if isinstance(each, BaseTunerLayer)), None)
 
     @property
     def names(self) -> list[str]:
@@ -56,11 +59,11 @@ class SharedBase:
     def using(self, name: str) -> Iterator[Any]:
         """The model of that name: the policy with only its adapter active, or with none. One at a time."""
         adapter = self._adapters[name]
-        if adapter is not None:
-            self.policy.set_adapter(adapter)
-        without = adapter is None and hasattr(self.policy, "disable_adapter")
-        with self.policy.disable_adapter() if without else nullcontext():
-            yield self.policy
+        active = [] if adapter is None else [adapter]
+        # Switching takes about half a step of a small model (`disable_adapter` two): only where it is needed
+        if self._layer is not None and self._layer.active_adapters != active:
+            self.policy.base_model.set_adapter(active)
+        yield self.policy
 
     def _add(self, adapter: str, name: str) -> None:
         add_adapter(self.policy, adapter, self.model, name)
