@@ -106,7 +106,12 @@ class Asked:
 def submit_all(engine: Engine, asked: list[Asked]) -> None:
     """Submit requests so that the engine finds all of them at its next turn."""
     begun, go = threading.Event(), threading.Event()
-    engine.call(lambda: (begun.set(), go.wait()))
+
+    def hold() -> None:
+        begun.set()
+        go.wait()
+
+    engine.call(hold)
     begun.wait()
     for each in asked:
         engine.submit(each.request)
@@ -224,7 +229,7 @@ def test_a_run_s_adapters_are_those_of_its_complete_training_steps(models: Model
     steps = [("z_sft", "sft"), ("best", "keep_best"), ("a_dpo", "dpo"), ("export", "export"), ("reward", "reward")]
     for number, (step, stage) in enumerate(steps, 1):
         shutil.copytree(models.models["sft"], tmp_path / step / "adapter")
-        manifest = {
+        manifest: dict[str, Any] = {
             "stage": stage,
             "status": "failed" if stage == "dpo" else "complete",
             "started": f"2026-01-0{number}",
