@@ -15,7 +15,7 @@ from alignkit.core.stages import purpose, require_stage, stages
 
 FLOW = (
     *("expand", "select", "lengths", "preflight"),
-    *("sft", "sample", "judge", "reward", "rejection_sampling", "dpo", "evaluate", "report"),
+    *("sft", "sample", "judge", "reward", "rejection_sampling", "dpo", "evaluate", "report", "serve", "chat"),
 )
 """The order in which stages are listed; others follow by name."""
 COMMANDS = {

@@ -18,6 +18,11 @@ def one_line(text: str, most: int = 1000) -> str:
     return shown if len(shown) <= most and len(text) <= 4 * most else f"{shown[:most]}…"
 
 
+def harmless(text: str) -> str:
+    """A text on its lines; but for line ends and tabs, what a terminal would obey is shown as �."""
+    return "".join(character if character in "\n\t" else _visible(character) for character in text)
+
+
 def code(text: str, *, in_table: bool = True) -> str:
     """A text as a code span in Markdown: in it there is no markup, no link, no mention and, in a table, no border."""
     shown = one_line(text).replace("|", "\\|") if in_table else one_line(text)

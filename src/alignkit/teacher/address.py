@@ -42,20 +42,23 @@ def checked_url(config: TeacherConfig) -> str:
     return url
 
 
-def read_key(variable: str) -> str:
-    """The key in an environment variable; an empty name stands for a server that asks for none."""
+def read_key(variable: str, setting: str = "teacher.api_key_env") -> str:
+    """The key in the environment variable that a setting names; an empty name stands for a server that asks for none.
+
+    Raises `UserError` when there is none, or what is there is no key.
+    """
     if not variable:
         return NO_KEY
     if not variable.isidentifier():
-        raise UserError("teacher.api_key_env must be the NAME of an environment variable, e.g. OPENAI_API_KEY")
+        raise UserError(f"{setting} must be the NAME of an environment variable, e.g. OPENAI_API_KEY")
     key = os.environ.get(variable, "").strip()
     if not key:
         raise UserError(
-            f"teacher.api_key_env={variable}: the environment variable {variable} is not set. Export it with your key, "
-            "or name another; teacher.api_key_env='' is for a server that asks for none."
+            f"{setting}={variable}: the environment variable {variable} is not set. Export it with your key, "
+            f"or name another; {setting}='' is for a server that asks for none."
         )
     if not key.isascii() or not key.isprintable() or set(key) & set(" '\"\\"):
-        raise UserError(f"teacher.api_key_env={variable}: the value of {variable} holds characters that no key has")
+        raise UserError(f"{setting}={variable}: the value of {variable} holds characters that no key has")
     return key
 
 
