@@ -84,7 +84,9 @@ class Index:
         if kind == "knn":
             assert self.mappings["properties"][body["field"]]["index"], "the field has no graph"
             assert body["num_candidates"] >= body["k"]
-            scores = self._cosines(self._filtered(dict.fromkeys(self.visible, 0.0), body["filter"]), body["query_vector"])
+            scores = self._cosines(
+                self._filtered(dict.fromkeys(self.visible, 0.0), body["filter"]), body["query_vector"]
+            )
             return dict(sorted(scores.items(), key=lambda entry: -entry[1])[: body["k"]])
         raise ContractError(400, "parsing_exception", f"unknown query [{kind}]")
 

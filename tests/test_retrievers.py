@@ -168,7 +168,11 @@ def test_what_is_added_is_found_and_what_is_deleted_is_not(opened: Open, mode: s
 def test_of_one_call_the_last_passage_of_an_id_is_added(opened: Open) -> None:
     retriever = opened("bm25")
     retriever.add([Passage(id="x", text="old"), Passage(id="x", text="new")])
-    assert (len(retriever), ids(retriever.search(["old"], 3)[0]), ids(retriever.search(["new"], 3)[0])) == (1, [], ["x"])
+    assert (len(retriever), ids(retriever.search(["old"], 3)[0]), ids(retriever.search(["new"], 3)[0])) == (
+        1,
+        [],
+        ["x"],
+    )
 
 
 def test_two_passages_with_one_id_are_refused(opened: Open) -> None:

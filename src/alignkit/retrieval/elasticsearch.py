@@ -21,8 +21,6 @@ from alignkit.retrieval.embedder import RetrievalEmbedder, searched_text
 from alignkit.retrieval.fusion import Ranking, search_rankings
 from alignkit.retrieval.ingest import blocks, digest, some_at_a_time, without_repeats
 
-LOG = logging.getLogger("alignkit")
-
 K1, B = 1.5, 0.75
 _QUERIES = 32
 """Queries of one request."""
@@ -157,9 +155,7 @@ class ElasticsearchIndex:
 
     # -- searching --------------------------------------------------------------------------------------------------
 
-    def search(
-        self, queries: Sequence[str], k: int, documents: Collection[str] | None = None
-    ) -> list[list[Found]]:
+    def search(self, queries: Sequence[str], k: int, documents: Collection[str] | None = None) -> list[list[Found]]:
         """For each query its at most `k` best passages; `documents` leaves only passages of these documents."""
         with self._explained():
             self._require()
@@ -171,7 +167,9 @@ class ElasticsearchIndex:
         """By the server's BM25."""
         texts = [" ".join(tokens(query)) for query in queries]
         wanted = [
-            {"bool": {"must": [{"match": {"tokens": {"query": text}}}], "filter": _filters(documents)}} if text else None
+            {"bool": {"must": [{"match": {"tokens": {"query": text}}}], "filter": _filters(documents)}}
+            if text
+            else None
             for text in texts
         ]
         return self._rankings(wanted, k, lambda score: score)
@@ -186,7 +184,12 @@ class ElasticsearchIndex:
             if not vector.any():
                 wanted.append(None)
             elif self.approximate:
-                graph = {"field": "vector", "query_vector": numbers, "k": k, "num_candidates": min(10_000, max(100, 2 * k))}
+                graph = {
+                    "field": "vector",
+                    "query_vector": numbers,
+                    "k": k,
+                    "num_candidates": min(10_000, max(100, 2 * k)),
+                }
                 wanted.append({"knn": {**graph, "filter": filters}})
             else:
                 cosine = "(1.0 + cosineSimilarity(params.query, 'vector')) / 2"
@@ -336,4 +339,5 @@ def _elasticsearch() -> Any:
         import elasticsearch
     except ImportError as error:
         raise UserError("Elasticsearch needs its client: pip install 'alignkit[elasticsearch]'") from error
+    logging.getLogger("elastic_transport").setLevel(logging.ERROR)  # it prints a traceback for every retry
     return elasticsearch

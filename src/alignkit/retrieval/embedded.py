@@ -167,9 +167,7 @@ class EmbeddedIndex:
 
     # -- searching --------------------------------------------------------------------------------------------------
 
-    def search(
-        self, queries: Sequence[str], k: int, documents: Collection[str] | None = None
-    ) -> list[list[Found]]:
+    def search(self, queries: Sequence[str], k: int, documents: Collection[str] | None = None) -> list[list[Found]]:
         """For each query its at most `k` best passages; `documents` leaves only passages of these documents."""
         with self._lock, self._explained():
             self._refresh()
@@ -338,7 +336,9 @@ class EmbeddedIndex:
         try:
             yield
         except sqlite3.Error as error:
-            raise UserError(f"the index {self.folder}: {error}. Free space, or delete the folder and index again.") from error
+            raise UserError(
+                f"the index {self.folder}: {error}. Free space, or delete the folder and index again."
+            ) from error
 
 
 def require_embedder(place: str, key: str, name: str, embedder: RetrievalEmbedder) -> None:

@@ -17,9 +17,7 @@ from alignkit.teacher.address import is_loopback
 class FilteringRetriever(Retriever, Protocol):
     """A retriever that can look among some documents only. All engines here can."""
 
-    def search(
-        self, queries: Sequence[str], k: int, documents: Collection[str] | None = None
-    ) -> list[list[Found]]:
+    def search(self, queries: Sequence[str], k: int, documents: Collection[str] | None = None) -> list[list[Found]]:
         """For each query its at most `k` best passages; `documents` leaves only passages of these documents."""
 
     def close(self) -> None:
@@ -83,10 +81,14 @@ def _check(config: RetrievalConfig) -> None:
             raise UserError("retrieval.path: the embedded engine needs a folder")
         return
     if not config.url:
-        raise UserError(f"retrieval.url: {config.engine.name} needs the URL of its server. docs/retrieval.md starts one")
+        raise UserError(
+            f"retrieval.url: {config.engine.name} needs the URL of its server. docs/retrieval.md starts one"
+        )
     parts = urlsplit(config.url)
     if parts.password:
-        raise UserError("retrieval.url must hold no password: it comes from the variable that retrieval.api_key_env names")
+        raise UserError(
+            "retrieval.url must hold no password: it comes from the variable that retrieval.api_key_env names"
+        )
     schemes = ("http", "https") if config.engine is SearchEngine.elasticsearch else ("postgresql", "postgres")
     if parts.scheme not in schemes:
         raise UserError(f"retrieval.url={config.url}: for {config.engine.name} it begins with {schemes[0]}://")

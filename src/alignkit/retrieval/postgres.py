@@ -6,7 +6,6 @@ a passage, made as everywhere in alignkit, is a row of `postings`, and a query i
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,8 +19,6 @@ from alignkit.retrieval.embedded import require_embedder
 from alignkit.retrieval.embedder import RetrievalEmbedder, searched_text
 from alignkit.retrieval.fusion import Ranking, search_rankings
 from alignkit.retrieval.ingest import blocks, digest, some_at_a_time, without_repeats
-
-LOG = logging.getLogger("alignkit")
 
 K1, B = 1.5, 0.75
 _MOST_GRAPH_DIMENSIONS = 2000
@@ -165,9 +162,7 @@ class PostgresIndex:
 
     # -- searching --------------------------------------------------------------------------------------------------
 
-    def search(
-        self, queries: Sequence[str], k: int, documents: Collection[str] | None = None
-    ) -> list[list[Found]]:
+    def search(self, queries: Sequence[str], k: int, documents: Collection[str] | None = None) -> list[list[Found]]:
         """For each query its at most `k` best passages; `documents` leaves only passages of these documents."""
         with self._explained():
             self._require()
@@ -251,7 +246,9 @@ class PostgresIndex:
         from pgvector.psycopg import register_vector
 
         settings = self._settings()
-        require_embedder(f"the schema {self.name}", settings.get("embedder", ""), settings.get("name", ""), self.embedder)
+        require_embedder(
+            f"the schema {self.name}", settings.get("embedder", ""), settings.get("name", ""), self.embedder
+        )
         register_vector(self._connection)
 
     def _require(self) -> None:
