@@ -43,7 +43,7 @@ def test_what_the_server_is_too_busy_for_is_sent_again_alone(contract: Contract)
 def test_what_is_refused_is_named_and_the_rest_is_there(contract: Contract) -> None:
     index = opened(contract, retries=1)
     contract.busy = {"p3": 9}
-    with pytest.raises(UserError, match="refused 2 passages, the first because of x+: id is too long"):
+    with pytest.raises(UserError, match=r"refused 2 passages, the first because of x+: id is too long"):
         index.index([Passage(id="x" * 600, text="x"), *PASSAGES])
     contract.busy = {}
     before = contract.requests.count("PUT /_bulk")
@@ -53,7 +53,7 @@ def test_what_is_refused_is_named_and_the_rest_is_there(contract: Contract) -> N
 
 def test_a_server_that_goes_away_is_named_and_the_same_call_continues(contract: Contract) -> None:
     contract.documents_left = 5
-    with pytest.raises(UserError, match="no answer from Elasticsearch.*the same command then continues"):
+    with pytest.raises(UserError, match=r"no answer from Elasticsearch.*the same command then continues"):
         opened(contract).index(PASSAGES)
     contract.documents_left = 3  # as many as are missing: were one sent again, the server would go away again
     index = opened(contract)
@@ -89,7 +89,7 @@ def test_settings_come_from_a_template_that_can_be_overruled(contract: Contract)
 
 def test_a_server_that_is_not_elasticsearch_is_told_apart() -> None:
     class Other(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:  # noqa: N802
+        def do_HEAD(self) -> None:
             self.send_response(200)
             self.end_headers()
 

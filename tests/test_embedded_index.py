@@ -148,7 +148,7 @@ from alignkit.retrieval.base import Passage
 from alignkit.retrieval.embedded import EmbeddedIndex
 from alignkit.retrieval.embedder import RetrievalEmbedder, open_embedder
 
-embedder = open_embedder(RetrievalConfig())
+embedder = open_embedder(RetrievalConfig(embedder="characters"))
 embed = embedder.passages.embed
 
 def counted(texts):
@@ -175,7 +175,7 @@ def test_a_killed_ingest_goes_on_where_it_was(tmp_path: Path) -> None:
     rest = subprocess.run([*command, "0"], capture_output=True, text=True, check=True)
     assert sum(map(int, rest.stdout.split())) == 200 - 3 * 20
     subprocess.run([*command[:-1], str(tmp_path / "whole"), "0"], capture_output=True, check=True)
-    embedder = open_embedder(RetrievalConfig())
+    embedder = open_embedder(RetrievalConfig(embedder="characters"))
     killed, whole = (EmbeddedIndex(tmp_path / name, embedder) for name in ("killed", "whole"))
     queries = ["passage number 7", "number 89", "nothing"]
     assert len(killed) == 200

@@ -65,6 +65,7 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
         engine=SearchEngine[engine],
         path=str(tmp_path / "index"),
         url=None if engine == "embedded" else request.getfixturevalue(engine),
+        embedder="characters",
         name=f"test-{uuid.uuid4().hex[:12]}",
         approximate=bool(graph),
     )
@@ -216,7 +217,7 @@ def test_what_is_held_already_is_not_embedded_again(opened: Open, monkeypatch: p
 
 def test_another_embedder_is_refused(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     opened("hybrid").index(PASSAGES)
-    with pytest.raises(UserError, match="holds vectors.*retrieval.mode=hybrid"):
+    with pytest.raises(UserError, match=r"holds vectors.*set retrieval\.embedder"):
         opened("bm25").add([Passage(id="z", text="z")])
     monkeypatch.setattr(CharacterEmbedder, "key", "f" * 64)
     with pytest.raises(UserError, match=r"was built by the embedder characters .* and this is characters \(ffffffff\)"):

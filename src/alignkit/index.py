@@ -13,8 +13,7 @@ Writes:  index/                    the index, with retrieval=embedded; otherwise
 
 Overrides people use:
   documents=manuals/                          what to index
-  retrieval.embedder=<model>                  a sentence-transformers model in place of character n-grams
-  retrieval.mode=bm25                         without vectors
+  retrieval.embedder=<model>                  vectors of a sentence-transformers model as well as words
   chunk.tokenizer=<model> chunk.size=256      passages of at most so many tokens
   action=add documents=more/                  hold these as well
   action=delete ids=a.md#1.1,a.md#1.2         hold these no longer
@@ -107,7 +106,7 @@ def run(config: IndexConfig) -> Artifact:
             assert place.path is not None
             with artifact.output("index") as path:
                 Path(place.path).rename(path)
-        artifact.summary = f"{artifact.metrics['passages']} passages, {config.retrieval.mode.name}"
+        artifact.summary = f"{artifact.metrics['passages']} passages, {config.retrieval.searches_by.name}"
     return artifact
 
 

@@ -8,7 +8,7 @@ Overrides people use:
   query="who is the mayor"                    one query; one with a comma is quoted twice: 'query="a, b"'
   queries.path=questions.jsonl                many: rows with `query`, `question` or `input`
   retrieval.k=10                              passages a query
-  retrieval.mode=dense                        by vectors alone, or bm25, or hybrid
+  retrieval.embedder=<model>                  by words and by the vectors of the model that the index was built with
   within=manual.md,faq.md                     only passages of these documents
 
 Examples:

@@ -391,8 +391,8 @@ class RetrievalConfig:
     """Where passages are held, and how they are searched."""
 
     engine: SearchEngine = SearchEngine.embedded
-    mode: SearchMode = SearchMode.hybrid
-    """Words (bm25), vectors (dense), or both."""
+    mode: Optional[SearchMode] = None
+    """Words (bm25), vectors (dense), or both (hybrid); none: both with an embedder, words without."""
     path: Optional[str] = "runs/${run}/index/index"
     """Folder of the index, of the embedded engine."""
     url: Optional[str] = None
@@ -403,8 +403,9 @@ class RetrievalConfig:
     """NAME of the environment variable that holds Elasticsearch's API key or PostgreSQL's password; empty: none."""
     k: int = 5
     """Passages a query."""
-    embedder: str = "characters"
-    """`characters` (character n-grams, no model needed), or folder or hub name of a sentence-transformers model."""
+    embedder: Optional[str] = None
+    """Folder or hub name of a sentence-transformers model; `characters`: n-grams, which only try things out; none:
+    words alone."""
     embedder_revision: Optional[str] = None
     query_prompt: Optional[str] = None
     """Text that the model wants before a query; none: what the model's files say."""
@@ -426,6 +427,13 @@ class RetrievalConfig:
         for name in ("k", "batch_size", "candidates", "rrf_k"):
             value = getattr(self, name)
             _require(f"retrieval.{name}={value}", value >= 1, "at least 1")
+        if self.embedder is None and self.mode in (SearchMode.dense, SearchMode.hybrid):
+            raise UserError(f"retrieval.mode={self.mode.name} needs vectors: set retrieval.embedder, or choose bm25")
+
+    @property
+    def searches_by(self) -> SearchMode:
+        """The mode, chosen if none is given."""
+        return self.mode or (SearchMode.bm25 if self.embedder is None else SearchMode.hybrid)
 
 
 @dataclass

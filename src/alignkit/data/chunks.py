@@ -99,7 +99,7 @@ class _Characters:
 
 
 class _Tokens:
-    """A text is cut into tokens once; a part of it that is cut by itself can have one more, so ends are counted again."""
+    """A text is cut into tokens once. A part of it that is cut by itself can have one more: ends are counted again."""
 
     def __init__(self, tokenizer: Any, text: str) -> None:
         self._tokenizer, self._text = tokenizer, text

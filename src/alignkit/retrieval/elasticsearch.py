@@ -258,7 +258,7 @@ class ElasticsearchIndex:
             self._check_embedder()
         if self.embedder is None and self._meta():
             raise UserError(
-                f"{self.name} holds vectors, which passages that are added need as well: choose retrieval.mode=hybrid"
+                f"{self.name} holds vectors, which passages that are added need as well: set retrieval.embedder"
             )
 
     def _mappings(self) -> dict[str, Any]:
@@ -305,7 +305,6 @@ class ElasticsearchIndex:
     @contextmanager
     def _explained(self) -> Iterator[None]:
         from elastic_transport import TransportError
-
         from elasticsearch import ApiError, UnsupportedProductError
 
         try:

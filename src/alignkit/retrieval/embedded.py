@@ -66,7 +66,7 @@ class EmbeddedIndex:
         half: bool = False,
     ) -> None:
         if embedder is None and mode is not SearchMode.bm25:
-            raise UserError(f"retrieval.mode={mode.name} needs an embedder, or choose retrieval.mode=bm25")
+            raise ValueError(f"mode {mode.name} needs an embedder")
         self.folder, self.mode, self.candidates, self.rrf_k = folder, mode, candidates, rrf_k
         self.embedder = embedder
         self._type = "<f2" if half else "<f4"
@@ -291,7 +291,7 @@ class EmbeddedIndex:
         self._database()
         if self._setting("embedder") and self.mode is SearchMode.bm25:
             raise UserError(
-                f"{self.folder} holds vectors, which passages that are added need as well: choose retrieval.mode=hybrid"
+                f"{self.folder} holds vectors, which passages that are added need as well: set retrieval.embedder"
             )
 
     def _database(self) -> sqlite3.Connection:

@@ -71,6 +71,7 @@ def open_embedder(config: RetrievalConfig) -> RetrievalEmbedder:
 
     Character n-grams all weigh the same here: how rare they are would change with every passage that is added.
     """
+    assert config.embedder is not None
     if config.embedder == CHARACTERS:
         characters = CharacterEmbedder([])
         return RetrievalEmbedder(CHARACTERS, characters, characters)

@@ -25,7 +25,7 @@ class FilteringRetriever(Retriever, Protocol):
 
 
 def open_retriever(config: RetrievalConfig) -> FilteringRetriever:
-    """The retriever that a configuration names; with mode dense or hybrid its embedder is loaded.
+    """The retriever that a configuration names; unless words alone are searched its embedder is loaded.
 
     Raises `UserError` for settings that do not fit together, a secret in a URL, an embedder that cannot be loaded, and
     a server that does not answer.
@@ -33,7 +33,8 @@ def open_retriever(config: RetrievalConfig) -> FilteringRetriever:
     _check(config)
     from alignkit.retrieval.embedder import open_embedder
 
-    embedder = open_embedder(config) if config.mode is not SearchMode.bm25 else None
+    mode = config.searches_by
+    embedder = open_embedder(config) if mode is not SearchMode.bm25 else None
     if config.engine is SearchEngine.embedded:
         from alignkit.retrieval.embedded import EmbeddedIndex
 
@@ -41,7 +42,7 @@ def open_retriever(config: RetrievalConfig) -> FilteringRetriever:
         return EmbeddedIndex(
             Path(config.path),
             embedder,
-            config.mode,
+            mode,
             candidates=config.candidates,
             rrf_k=config.rrf_k,
             half=config.half,
@@ -55,7 +56,7 @@ def open_retriever(config: RetrievalConfig) -> FilteringRetriever:
             config.url,
             config.name,
             embedder,
-            config.mode,
+            mode,
             api_key=secret,
             candidates=config.candidates,
             rrf_k=config.rrf_k,

@@ -38,7 +38,9 @@ CREATE INDEX IF NOT EXISTS postings_number ON {schema}.postings (number);
 CREATE INDEX IF NOT EXISTS passages_document ON {schema}.passages (document);
 """
 _BY_WORDS = """
-WITH asked AS (SELECT * FROM unnest(%(queries)s::int[], %(tokens)s::text[], %(times)s::int[]) AS q (query, token, times)),
+WITH asked AS (
+    SELECT * FROM unnest(%(queries)s::int[], %(tokens)s::text[], %(times)s::int[]) AS q (query, token, times)
+),
 held AS (SELECT greatest(count(*), 1) AS passages, greatest(avg(tokens), 1)::float8 AS tokens FROM {schema}.passages),
 rarity AS (
     SELECT token, ln(1 + (held.passages - count(*) + 0.5) / (count(*) + 0.5))::float8 AS idf
@@ -227,7 +229,7 @@ class PostgresIndex:
             self._open()
         if self.embedder is None and self._settings():
             raise UserError(
-                f"{self.name} holds vectors, which passages that are added need as well: choose retrieval.mode=hybrid"
+                f"{self.name} holds vectors, which passages that are added need as well: set retrieval.embedder"
             )
         if self.approximate and self.embedder is not None:
             if self.embedder.dimensions > _MOST_GRAPH_DIMENSIONS:
@@ -277,8 +279,8 @@ class PostgresIndex:
             yield
         except psycopg.OperationalError as error:
             raise UserError(
-                f"retrieval.url: the database at {_place(self.url)} does not answer ({first_line(error)}). Start it, or "
-                "correct retrieval.url and retrieval.api_key_env; the same command then continues"
+                f"retrieval.url: the database at {_place(self.url)} does not answer ({first_line(error)}). Start it, "
+                "or correct retrieval.url and retrieval.api_key_env; the same command then continues"
             ) from error
         except psycopg.Error as error:
             raise UserError(f"the database at {_place(self.url)}, schema {self.name}: {first_line(error)}") from error
