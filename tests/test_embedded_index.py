@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +33,10 @@ class Table:
     def __init__(self, **vectors: tuple[float, float]) -> None:
         self.vectors = vectors
 
-    def embed(self, texts: list[str]) -> Vectors:
+    def embed(self, texts: Sequence[str]) -> Vectors:
         return np.array([self.vectors.get(text, (0, 0)) for text in texts], np.float32).reshape(-1, 2)
 
-    def too_long(self, texts: list[str]) -> int:
+    def too_long(self, texts: Sequence[str]) -> int:
         return sum(text.startswith("long") for text in texts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from elasticsearch_server import elasticsearch_contract
 from alignkit.core.app import run_command
 from alignkit.models.loading import embedded_model_dir
 from alignkit.retrieval.embedded import EmbeddedIndex
-from alignkit.scoring.embedding import CharacterEmbedder
+from alignkit.scoring.embedding import CharacterEmbedder, Vectors
 
 FLAT = "# Flat\n\nWelcome to the house.\n\n## Deposit\n\nThe deposit is kept for three months.\n"
 
@@ -86,7 +87,12 @@ def test_a_file_of_queries_and_a_choice_of_documents() -> None:
 def test_the_index_follows_the_documents_and_only_embeds_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
     embedded: list[str] = []
     embed = CharacterEmbedder.embed
-    monkeypatch.setattr(CharacterEmbedder, "embed", lambda self, texts: (embedded.extend(texts), embed(self, texts))[1])
+
+    def noting(self: CharacterEmbedder, texts: Sequence[str]) -> Vectors:
+        embedded.extend(texts)
+        return embed(self, texts)
+
+    monkeypatch.setattr(CharacterEmbedder, "embed", noting)
     build = ["documents=docs", "retrieval.embedder=characters"]
     assert index(*build) == 0
     assert held() == ["flat.md#1.1", "town.txt#1.1", "town.txt#2.1"]

@@ -9,6 +9,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ from alignkit.retrieval.bm25 import BM25Index
 from alignkit.retrieval.open import FilteringRetriever, open_retriever
 from alignkit.scoring.embedding import CharacterEmbedder
 
+pytestmark = pytest.mark.xdist_group("retrievers")  # one PostgreSQL server is enough
+
 Open = Callable[..., FilteringRetriever]
 
 TEXTS = {
@@ -37,13 +40,14 @@ PASSAGES = [Passage(id=id, text=text, document=f"{id}.md", page=1) for id, text 
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a PostgreSQL server of our own."""
+def postgres() -> Iterator[str]:
+    """The URL of a PostgreSQL server of our own; not in pytest's folder, which the server's user may not enter."""
     pgserver = pytest.importorskip("pgserver")
     pytest.importorskip("psycopg")
-    server = pgserver.get_server(tmp_path_factory.mktemp("postgres"))
-    yield server.get_uri().replace("postgres:@", "postgres@")
-    server.cleanup()
+    with TemporaryDirectory() as folder:
+        server = pgserver.get_server(folder)
+        yield server.get_uri().replace("postgres:@", "postgres@")
+        server.cleanup()
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +138,7 @@ def test_a_graph_finds_the_same_neighbours(opened: Open) -> None:
     graph.index(PASSAGES)
     found = graph.search(["who is mayor of padera", "spring", ""], 2)
     assert found == exact.search(["who is mayor of padera", "spring", ""], 2)
-    assert [len(hits) for hits in found] == [2, 2, 0]
+    assert [len(hits) for hits in found] == [2, 2, 0]  # `exact` was opened before there was an index
     assert ids(graph.search(["mayor"], 9, documents=["b.md"])[0]) == ["b"]
 
 

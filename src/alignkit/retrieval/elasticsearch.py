@@ -66,9 +66,7 @@ class ElasticsearchIndex:
         except ValueError as error:
             raise UserError(f"retrieval.url={url}: {first_line(error)}. Write it like https://host:9200") from error
         with self._explained():
-            self._made = bool(self._client.indices.exists(index=name))
-            if self._made:
-                self._check_embedder()
+            self._made = self._look()
 
     def close(self) -> None:
         """Close the connections."""
@@ -294,7 +292,15 @@ class ElasticsearchIndex:
             place = f"the index {self.name}"
             require_embedder(place, meta.get("embedder", ""), meta.get("name", ""), self.embedder)
 
+    def _look(self) -> bool:
+        """Whether the index is there by now. Raises `UserError` when it is another embedder's."""
+        found = bool(self._client.indices.exists(index=self.name))
+        if found:
+            self._check_embedder()
+        return found
+
     def _require(self) -> None:
+        self._made = self._made or self._look()
         if not self._made:
             raise UserError(f"{self._place} has no index {self.name}. Make one with python -m alignkit.index")
 

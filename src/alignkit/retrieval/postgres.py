@@ -97,9 +97,7 @@ class PostgresIndex:
         self.candidates, self.rrf_k = candidates, rrf_k
         with self._explained():
             self._connection = _connect(url, password)
-            self._made = self._one("SELECT to_regclass(%s) IS NOT NULL", [f'"{name}".settings'])
-            if self._made:
-                self._open()
+            self._made = self._look()
 
     def close(self) -> None:
         """Close the connection."""
@@ -253,7 +251,15 @@ class PostgresIndex:
         )
         register_vector(self._connection)
 
+    def _look(self) -> bool:
+        """Whether the index is there by now. Raises `UserError` when it is another embedder's."""
+        found = bool(self._one("SELECT to_regclass(%s) IS NOT NULL", [f'"{self.name}".settings']))
+        if found:
+            self._open()
+        return found
+
     def _require(self) -> None:
+        self._made = self._made or self._look()
         if not self._made:
             raise UserError(f"{_place(self.url)} has no index {self.name}. Make one with python -m alignkit.index")
 
