@@ -68,7 +68,7 @@ def open_retriever(config: RetrievalConfig) -> FilteringRetriever:
         config.url,
         config.name,
         embedder,
-        config.mode,
+        mode,
         password=secret,
         candidates=config.candidates,
         rrf_k=config.rrf_k,
