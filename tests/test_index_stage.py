@@ -106,11 +106,11 @@ def test_the_index_follows_the_documents_and_only_embeds_what_is_new(monkeypatch
 
 def test_passages_are_added_and_deleted() -> None:
     Path("a.jsonl").write_text('{"id": "a", "text": "one"}\n{"id": "b", "text": "two"}\n', encoding="utf-8")
-    Path("c.jsonl").write_text('{"id": "c", "text": "three", "title": "T"}\n', encoding="utf-8")
+    Path("c.jsonl").write_text('{"id": "c.md#1.1", "text": "three", "title": "T"}\n', encoding="utf-8")
     assert index("passages.path=a.jsonl") == 0
     assert index("passages.path=c.jsonl", "action=add") == 0
-    assert held() == ["a", "b", "c"]
-    assert index("action=delete", "ids=a,c") == 0
+    assert held() == ["a", "b", "c.md#1.1"]
+    assert index("action=delete", 'ids=["a","c.md#1.1"]') == 0
     assert held() == ["b"]
     assert manifest()["metrics"] == {"passages": 1}
 

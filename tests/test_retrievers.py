@@ -75,8 +75,8 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
     )
     retrievers: list[FilteringRetriever] = []
 
-    def open_it(mode: str = "bm25", **settings: object) -> FilteringRetriever:
-        fields = {**vars(config), "mode": SearchMode[mode], **settings}
+    def open_it(mode: str | None, **settings: object) -> FilteringRetriever:
+        fields = {**vars(config), "mode": SearchMode[mode] if mode else None, **settings}
         retrievers.append(open_retriever(RetrievalConfig(**fields)))
         return retrievers[-1]
 
@@ -130,6 +130,7 @@ def test_both_are_fused_by_reciprocal_ranks(opened: Open) -> None:
     assert {hit.passage.id: hit.score for hit in hits} == pytest.approx(expected)
     assert ids(hits) == sorted(expected, key=lambda id: (-expected[id], id))
     assert ids(retriever.search([query], 2)[0]) == ids(hits)[:2]
+    assert opened(None).search([query], 10) == [hits]  # what is chosen where there is an embedder
 
 
 @pytest.mark.parametrize("opened", ["postgres_graph", "elasticsearch_graph"], indirect=True)

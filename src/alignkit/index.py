@@ -16,7 +16,7 @@ Overrides people use:
   retrieval.embedder=<model>                  vectors of a sentence-transformers model as well as words
   chunk.tokenizer=<model> chunk.size=256      passages of at most so many tokens
   action=add documents=more/                  hold these as well
-  action=delete ids=a.md#1.1,a.md#1.2         hold these no longer
+  action=delete 'ids=["a.md#1.1","b.md#2.3"]'  hold these no longer
 
 Examples:
   python -m alignkit.index run=mine documents=manuals/
@@ -117,7 +117,7 @@ def check(config: IndexConfig) -> None:
     ]
     if config.action is Action.delete:
         if sources or not config.ids:
-            raise UserError("action=delete takes ids=<id>,<id> and nothing to read")
+            raise UserError("action=delete takes 'ids=[" < id > "," < id > "]' and nothing to read")
     elif config.ids or len(sources) != 1:
         raise UserError("say what to index: documents=<file or folder>, or else passages.path=<rows with id and text>")
     output = f"{config.output_dir}/index"
