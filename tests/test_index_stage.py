@@ -154,7 +154,7 @@ def test_passages_of_so_many_tokens() -> None:
         ([], "say what to index: documents="),
         (["documents=docs", "passages.path=a.jsonl"], "say what to index"),
         (["documents=docs", "ids=a"], "say what to index"),
-        (["action=delete"], "action=delete takes ids="),
+        (["action=delete"], "action=delete takes 'ids=["),
         (["documents=nowhere"], "documents=nowhere: no such file"),
         (["documents=docs", "chunk.size=10", "chunk.overlap=10"], "chunk.overlap=10: must not be negative, and below"),
         (

@@ -117,7 +117,7 @@ def check(config: IndexConfig) -> None:
     ]
     if config.action is Action.delete:
         if sources or not config.ids:
-            raise UserError("action=delete takes 'ids=[" < id > "," < id > "]' and nothing to read")
+            raise UserError("""action=delete takes 'ids=["<id>","<id>"]' and nothing to read""")
     elif config.ids or len(sources) != 1:
         raise UserError("say what to index: documents=<file or folder>, or else passages.path=<rows with id and text>")
     output = f"{config.output_dir}/index"
