@@ -7,9 +7,12 @@ from itertools import pairwise
 from random import Random
 
 import pytest
+from tiny_encoders import word_tokenizer
+from transformers import AutoTokenizer
 
 from alignkit.core.records import DocumentPage
 from alignkit.data.chunks import Chunk, chunk_pages
+from alignkit.models.loading import embedded_model_dir
 
 
 def chunks_of(text: str, size: int, overlap: int = 0) -> list[Chunk]:
@@ -113,6 +116,70 @@ def test_each_page_is_cut_on_its_own() -> None:
     assert [(chunk.id, chunk.text) for chunk in chunk_pages(pages, 100, 5)] == [
         ("a#1.1", "Words."),
         ("a#2.1", "Words."),
+    ]
+
+
+def test_titles_are_the_headings_that_a_chunk_stands_under_also_those_of_pages_before() -> None:
+    first = "Before.\n\n# Flat #\n\nWelcome to it.\n\n## Deposit\n\nIt is kept."
+    second = "It is paid back.\n\n### When\n\nIn May.\n\n## Noise\n\nNone at night.\n\n== Wiki ==\nText."
+    pages = [DocumentPage(document="a", page=page, text=text) for page, text in ((1, first), (2, second))]
+    chunks = chunk_pages([*pages, DocumentPage(document="b", page=1, text="Other.")], 24, 0)
+    titles = {chunk.text.split("\n")[-1]: chunk.title for chunk in chunks}
+    assert titles == {
+        "Before.": "",
+        "Welcome to it.": "Flat",
+        "It is kept.": "Flat > Deposit",
+        "It is paid back.": "Flat > Deposit",
+        "In May.": "Flat > Deposit > When",
+        "None at night.": "Flat > Noise",
+        "Text.": "Flat > Wiki",
+        "Other.": "",
+    }
+
+
+@pytest.mark.parametrize("kind", ["words", "bytes"])
+def test_sizes_can_be_in_tokens(kind: str) -> None:
+    tokenizer = word_tokenizer() if kind == "words" else AutoTokenizer.from_pretrained(embedded_model_dir())
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    random = Random(3)
+    parts = [
+        "the mayor",
+        "Übergrößenträger",
+        "市长是安娜。",
+        ".",
+        "\n\n",
+        " ",
+        "unhyphenated",
+        "# head\n",
+        "🙂",
+        "a. B",
+        "7,000",
+    ]
+    for size, overlap in [(1, 0), (5, 2), (17, 6), (60, 59)] * 4:
+        text = "".join(random.choice(parts) for _ in range(120))
+        chunks = chunk_pages([DocumentPage(document="d", page=1, text=text)], size, overlap, tokenizer)
+        covered = {place for chunk in chunks for place in range(chunk.start, chunk.end)}
+        assert covered >= {place for place, letter in enumerate(text) if not letter.isspace()}
+        for chunk in chunks:
+            assert count(chunk.text) <= size or len(chunk.text) == 1  # a character of several tokens
+        for earlier, later in pairwise(chunks):
+            assert earlier.start < later.start and earlier.end < later.end
+            assert count(text[later.start : earlier.end]) <= overlap + 1  # cut out, it can have a token more
+
+
+def test_a_sentence_that_fits_by_its_tokens_is_not_cut() -> None:
+    text = "She was born in june. The mayor of padera is old. Who is she?"  # 6, 7 and 4 words with their full stops
+    pages = [DocumentPage(document="d", page=1, text=text)]
+    assert [chunk.text for chunk in chunk_pages(pages, 13, 0, word_tokenizer())] == [
+        "She was born in june. The mayor of padera is old.",
+        "Who is she?",
+    ]
+    assert [chunk.text for chunk in chunk_pages(pages, 12, 0, word_tokenizer())] == [
+        "She was born in june.",
+        "The mayor of padera is old. Who is she?",
     ]
 
 

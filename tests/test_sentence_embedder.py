@@ -98,3 +98,16 @@ def test_pickled_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     torch.save(AutoModel.from_pretrained(folder).state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="could not be loaded"):
         SentenceTransformerEmbedder(str(tmp_path))
+
+
+def test_another_prompt_shares_the_model_and_has_a_key_of_its_own(folder: Path) -> None:
+    plain = SentenceTransformerEmbedder(str(folder))
+    before = plain.key
+    prompted = plain.with_prompt("the mayor ")
+    assert prompted._model is plain._model
+    assert (plain.key, prompted.key != before) == (before, True)
+    assert prompted.key == SentenceTransformerEmbedder(str(folder), prompt="the mayor ").key
+    assert np.allclose(prompted.embed(["of padera"]), plain.embed(["the mayor of padera"]), atol=1e-6)
+    assert plain.own_prompt("query") is None
+    plain._model.prompts = {"query": "who is ", "document": ""}
+    assert (plain.own_prompt("query"), plain.own_prompt("document")) == ("who is ", None)

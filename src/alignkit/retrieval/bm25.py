@@ -1,12 +1,17 @@
-"""BM25 over texts held in memory, on `bm25s`, with an order of the hits that is always the same."""
+"""BM25 on `bm25s`, with an order of the hits that is always the same. Texts are read once and not held."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy
+    import numpy.typing
 
 from alignkit.core.errors import UserError
 
@@ -28,8 +33,11 @@ def tokens(text: str) -> list[str]:
 
     Chinese and Japanese have no spaces between words: a run of their characters gives each character and each pair.
     """
+    runs: list[str] = _TOKEN.findall(unicodedata.normalize("NFKC", text).casefold())
+    if text.isascii():
+        return runs
     found: list[str] = []
-    for run in _TOKEN.findall(unicodedata.normalize("NFKC", text).casefold()):
+    for run in runs:
         if _CJK_RUN.match(run):
             found += [*run, *(run[at : at + 2] for at in range(len(run) - 1))]
         else:
@@ -38,7 +46,7 @@ def tokens(text: str) -> list[str]:
 
 
 class BM25Index:
-    """An index of `texts`, by BM25 (Robertson and Zaragoza, 2009) as Lucene computes it, without the factor (k1 + 1):
+    """An index of texts, by BM25 (Robertson and Zaragoza, 2009) as Lucene computes it, without the factor (k1 + 1):
 
         score(q, d) = sum over the tokens t of q:  idf(t) * f / (f + k1 * (1 - b + b * |d| / average |d|))
         idf(t)      = ln(1 + (N - n_t + 0.5) / (n_t + 0.5))
@@ -48,26 +56,46 @@ class BM25Index:
     happens; here the former are left out, and the latter stand in the order of the texts.
     """
 
-    def __init__(self, texts: Sequence[str], *, k1: float = 1.5, b: float = 0.75) -> None:
-        corpus = [tokens(text) for text in texts]
-        self._vocabulary = {token for text in corpus for token in text}
+    def __init__(self, texts: Iterable[str], *, k1: float = 1.5, b: float = 0.75) -> None:
+        vocabulary: dict[str, int] = {}
+        # One number object a token of the vocabulary, shared by all texts: a million texts stay below a gigabyte.
+        corpus = [[vocabulary.setdefault(token, len(vocabulary)) for token in tokens(text)] for text in texts]
         self._index: Any = None
-        if self._vocabulary:
+        if vocabulary:
             self._index = _bm25s().BM25(method="lucene", k1=k1, b=b)
-            self._index.index(corpus, create_empty_token=False, show_progress=False)
+            self._index.index((corpus, vocabulary), create_empty_token=False, show_progress=False)
 
-    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
-        """For each query its at most `k` best texts, best first, equal scores by lowest position; none scores zero."""
-        return [self._search(query, k) for query in queries]
+    def save(self, folder: Path) -> None:
+        """Write the index as `bm25s`' own files: arrays and JSON, no pickle. An index without a word is no file."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._index is not None:
+            self._index.save(folder, show_progress=False)
 
-    def _search(self, query: str, k: int) -> list[Hit]:
+    @classmethod
+    def load(cls, folder: Path) -> BM25Index:
+        """What `save` wrote; its arrays stay on disk until they are read."""
+        loaded = cls(())
+        if (folder / "params.index.json").is_file():
+            loaded._index = _bm25s().BM25.load(folder, mmap=True, show_progress=False)
+        return loaded
+
+    def search(
+        self, queries: Sequence[str], k: int, among: numpy.typing.NDArray[numpy.bool_] | None = None
+    ) -> list[list[Hit]]:
+        """For each query its at most `k` best texts, best first, equal scores by lowest position; none scores zero.
+
+        `among` tells for each text whether it may be found; none: each may.
+        """
+        return [self._search(query, k, among) for query in queries]
+
+    def _search(self, query: str, k: int, among: Any) -> list[Hit]:
         import numpy
 
-        known = [token for token in tokens(query) if token in self._vocabulary]
+        known = self._index.get_tokens_ids(tokens(query)) if self._index is not None else []
         if not known or k < 1:
             return []
-        scores = self._index.get_scores(known)
-        hits = numpy.flatnonzero(scores > 0)
+        scores = self._index.get_scores_from_ids(known)
+        hits = numpy.flatnonzero(scores > 0 if among is None else (scores > 0) & among)
         if len(hits) > k:  # all that reach the k-th score, so that those with equal scores are chosen by position
             least = numpy.partition(scores[hits], len(hits) - k)[len(hits) - k]
             hits = hits[scores[hits] >= least]
