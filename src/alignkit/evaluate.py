@@ -2,19 +2,22 @@
 
 Each model is the same base with one adapter, or the base alone; all answer the same questions, greedily. Scores are
 exact match, word F1, the accuracy of yes/no verdicts (balanced: the mean over true yes and true no), the answer's
-length, and the teacher's grade from 0 to 10. Rows with the fields `form`, `level` or `held_out_name` are also counted
-by these. Differences are paired: the same questions, before and after. A held-out question that a model was trained on
-stops it.
+length, those of `metrics`, and the teacher's grade from 0 to 10. Rows with different values of the fields `form`,
+`level`, `kind`, `source` or `held_out_name` are also counted by these. Differences are paired: the same questions,
+before and after. A held-out question that a model was trained on stops it.
 
 Reads:   data.path                 held-out question-answer rows
          models                    adapters by name, in the order of training; "" is the base
 Writes:  predictions.jsonl         for each question what every model answered, and the scores
+         lm_eval/, promptfoo/      the questions for other harnesses (with export)
          manifest.json             metrics.models: scores by model; metrics.comparisons: differences
 
 Overrides people use:
   'models={sft: runs/mine/sft/adapter}'   adapters to examine, after the base (models.base=null: without the base)
   'comparisons=["dpo>sft"]'          which pairs to compare, "new>old" (default: each model with the one before)
   judge=false                        without the teacher's grades
+  metrics=[rouge_l,chrf,reward]      which scores (reward: measuring.reward=runs/demo/reward)
+  export=[lm_eval,promptfoo]         write the questions for these harnesses, too
   data.limit=100                     the first 100 questions only
   sampling.max_new_tokens=512        longer answers
 
@@ -28,11 +31,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
 from alignkit.core.config import ModelConfig, RowsConfig, SamplingConfig, StageConfig, TeacherConfig
 from alignkit.core.errors import UserError
+from alignkit.evaluation.metrics.catalogue import DEFAULT, MeasuringConfig
 
 # All configurations write Optional[...]; omegaconf takes `... | None` just as well.
 # ruff: noqa: UP045
@@ -47,7 +52,7 @@ if TYPE_CHECKING:
 class EvaluateConfig(StageConfig):
     """Configuration of `evaluate`."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("data.path", "models", "model.path")
+    inputs: ClassVar[tuple[str, ...]] = ("data.path", "models", "measuring.embedding", "measuring.reward", "model.path")
 
     data: RowsConfig = field(default_factory=RowsConfig)
     models: dict[str, Optional[str]] = field(default_factory=dict)
@@ -58,6 +63,12 @@ class EvaluateConfig(StageConfig):
     """Go on although a model was trained on some of the held-out questions."""
     judge: bool = True
     """Have the teacher grade the answers."""
+    metrics: list[str] = field(default_factory=lambda: list(DEFAULT))
+    """Scores of an answer: docs/evaluation_metrics.md lists them. Exact match, word F1, verdicts and words are always
+    taken."""
+    measuring: MeasuringConfig = field(default_factory=MeasuringConfig)
+    export: list[str] = field(default_factory=list)
+    """Other harnesses to write the questions for: lm_eval, promptfoo."""
     model: ModelConfig = field(default_factory=ModelConfig)
     sampling: SamplingConfig = field(
         default_factory=lambda: SamplingConfig(n=1, temperature=[0.0, 0.0], top_p=[1.0, 1.0])
@@ -68,8 +79,13 @@ class EvaluateConfig(StageConfig):
 def run(config: EvaluateConfig) -> Artifact:
     """Let every model answer every held-out question, grade the answers, and estimate scores and differences."""
     from alignkit.evaluation.answering import answer_with_models, grade
+    from alignkit.evaluation.harnesses import check_harnesses, export_questions
+    from alignkit.evaluation.metrics.catalogue import check_metrics
+    from alignkit.evaluation.metrics.measure import score_rows
     from alignkit.evaluation.predictions import compare, summarise
 
+    check_metrics(config.metrics, config.measuring)
+    check_harnesses(config.export)
     models = {name: adapter for name, adapter in config.models.items() if adapter is not None}
     comparisons = read_comparisons(models, config.comparisons)
     with Artifact.open("evaluate", config) as artifact:
@@ -80,9 +96,12 @@ def run(config: EvaluateConfig) -> Artifact:
         answers = answer_with_models(examples, models, config.model, config.sampling, config.seed, artifact)
         grades = grade(examples, answers, config.teacher, artifact) if config.judge else {}
         rows = [predict(example, answers, grades) for example in examples]
+        policies = {name: partial(open_policy, config.model, adapter) for name, adapter in models.items()}
+        score_rows(rows, config.metrics, config.measuring, config.model, policies, artifact)
         artifact.write_rows("predictions.jsonl", rows)
         artifact.metrics["models"] = {name: summarise(rows, name, config.seed) for name in models}
         artifact.metrics["comparisons"] = [compare(rows, new, old, config.seed) for new, old in comparisons]
+        export_questions(examples, config.export, config.sampling.max_new_tokens, artifact)
         if config.judge:
             share = sum(grade is not None for grade in grades.values()) / len(grades)
             artifact.check("answers graded", share >= 0.95, f"{share:.1%} of {len(grades)} different answers")
@@ -167,6 +186,8 @@ def predict(example: QAExample, answers: Answers, grades: Mapping[tuple[str, str
         form=extra.get("form"),
         level=extra.get("level"),
         held_out_name=extra.get("held_out_name"),
+        unanswerable=extra.get("unanswerable"),
+        keywords=extra.get("keywords") or [],
         answers={
             name: score_answer(
                 by_row[example.id].text,
@@ -177,6 +198,14 @@ def predict(example: QAExample, answers: Answers, grades: Mapping[tuple[str, str
             for name, by_row in answers.items()
         },
     )
+
+
+def open_policy(model: ModelConfig, adapter: str) -> tuple[Any, Any]:
+    """The model and the tokenizer of an adapter on the base; "" is the base itself."""
+    from alignkit.generation.hf import merge_adapter
+    from alignkit.models.loading import load_policy, load_tokenizer
+
+    return merge_adapter(load_policy(model, adapter or None)), load_tokenizer(model)
 
 
 def headline(models: Mapping[str, dict[str, Any]]) -> str:
