@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
@@ -35,7 +36,11 @@ from alignkit.evaluation.predictions import Prediction, score_answer, summarise
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 HOTPOTQA = SHARED / "hotpotqa" / "dev-distractor-350.jsonl"
 PREDICTIONS = SHARED / "self-instruct"
-EXACT = {"rel": 0, "abs": 1e-9}
+
+
+def exactly(value: Any) -> Any:
+    """The same number, up to rounding."""
+    return pytest.approx(value, rel=0, abs=1e-9)
 
 
 # -- the references ----------------------------------------------------------------------------------------------------
@@ -60,24 +65,24 @@ def assert_all_agree(pairs: list[tuple[str, str]]) -> None:
     """On (answer, reference) pairs in whatever language; what is ours alone only where the texts are English."""
     for answer, reference in pairs:
         found = float(squad_exact_match(answer, reference)), squad_f1(answer, reference)
-        assert found == pytest.approx(squad_by_its_description(answer, reference), **EXACT)
+        assert found == exactly(squad_by_its_description(answer, reference))
     for stemmed, tokenize in ((False, english_words), (True, stemmed_words)):
         scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=stemmed)
         for answer, reference in pairs[:: 3 if stemmed else 1]:
             theirs = {name: score.fmeasure for name, score in scorer.score(reference, answer).items()}
             ours = {f"rouge{n}": rouge_n(answer, reference, n, tokenize) for n in (1, 2)}
             ours["rougeL"] = rouge_l(answer, reference, tokenize)
-            assert ours == pytest.approx(theirs, **EXACT)
+            assert ours == exactly(theirs)
             if not stemmed and is_english(answer + reference):
                 assert rouge_l(answer, reference) == ours["rougeL"]
     sentences, fragments = BLEU(effective_order=True), CHRF()
     english = [pair for pair in pairs if bleu_tokenizer(pair[1]) == "13a"]
     for answer, reference in english:
-        assert bleu(answer, reference) == pytest.approx(sentences.sentence_score(answer, [reference]).score, **EXACT)
-        assert chrf(answer, reference) == pytest.approx(fragments.sentence_score(answer, [reference]).score, **EXACT)
+        assert bleu(answer, reference) == exactly(sentences.sentence_score(answer, [reference]).score)
+        assert chrf(answer, reference) == exactly(fragments.sentence_score(answer, [reference]).score)
     written, wanted = zip(*english, strict=True)
-    assert corpus_bleu(written, wanted)["score"] == pytest.approx(BLEU().corpus_score(written, [wanted]).score, **EXACT)
-    assert corpus_chrf(written, wanted)["score"] == pytest.approx(CHRF().corpus_score(written, [wanted]).score, **EXACT)
+    assert corpus_bleu(written, wanted)["score"] == exactly(BLEU().corpus_score(written, [wanted]).score)
+    assert corpus_chrf(written, wanted)["score"] == exactly(CHRF().corpus_score(written, [wanted]).score)
 
 
 def is_english(text: str) -> bool:
@@ -174,7 +179,7 @@ def test_bleu_of_several_scripts_sums_their_counts() -> None:
     """Four right words of four, and four Chinese characters of which two are right: unigrams 6 of 8, and so on."""
     found = corpus_bleu(["a b c d", "天地玄米"], ["a b c d", "天地玄黄"])
     by_hand = BLEU.compute_bleu([4 + 3, 3 + 2, 2 + 1, 1 + 0], [8, 6, 4, 2], 8, 8, smooth_method="exp")
-    assert found["score"] == pytest.approx(by_hand.score, **EXACT)
+    assert found["score"] == exactly(by_hand.score)
     assert found["signature"].count("tok:") == 2 and "tok:zh" in found["signature"]
 
 
@@ -291,7 +296,7 @@ def test_unknown_metrics_are_told_the_nearest() -> None:
         check_metrics(["perplexity"], MeasuringConfig())
     with pytest.raises(UserError, match="judge=true"):
         check_metrics(["judge"], MeasuringConfig())
-    with pytest.raises(UserError, match="measuring.reward=runs/demo/reward"):
+    with pytest.raises(UserError, match=r"measuring\.reward=runs/demo/reward"):
         check_metrics(["reward"], MeasuringConfig())
     check_metrics(DEFAULT, MeasuringConfig())
     assert {*ALWAYS, *DEFAULT} <= METRICS.keys()
