@@ -94,7 +94,9 @@ def test_log_perplexity_is_the_mean_over_the_reference_and_its_end(tmp_path: Pat
     model = random_model()
     with Journal(tmp_path / "j.jsonl", "f") as journal:
         found = log_perplexities(model, tokenizer(), REFERENCES, 256, journal)
-    assert found == pytest.approx({id: by_a_plain_loop(model, *row) for id, *row in REFERENCES}, abs=1e-4)
+    assert found == pytest.approx(
+        {id: by_a_plain_loop(model, prompt, text) for id, prompt, text in REFERENCES}, abs=1e-4
+    )
     assert len(set(found.values())) == len(REFERENCES)
 
 

@@ -16,7 +16,15 @@ from alignkit.evaluation.metrics.catalogue import METRICS, SHARE
 from alignkit.evaluation.metrics.content import refused, verdict_is_right
 from alignkit.evaluation.metrics.corpus import CorpusScore, corpus_bleu, corpus_chrf
 from alignkit.evaluation.metrics.overlap import exact_match, token_f1
-from alignkit.evaluation.statistics import Estimate, balanced_accuracy, bootstrap_mean, mcnemar_p, proportion, wilson
+from alignkit.evaluation.statistics import (
+    Estimate,
+    balanced_accuracy,
+    bootstrap_mean,
+    bootstrap_means,
+    mcnemar_p,
+    proportion,
+    wilson,
+)
 from alignkit.scoring.rules import read_verdict
 
 TAGS = ("form", "level", "kind", "source", "held_out_name")
@@ -140,14 +148,21 @@ def breakdown(rows: Sequence[Prediction], model: str, seed: int = 0) -> dict[str
 
 def _estimates(rows: Sequence[Prediction], model: str, seed: int) -> dict[str, Estimate]:
     """Each score that the rows have, in the order of `METRICS`, over the rows that have it."""
-    there = {name for row in rows for name in row.answers[model].scores}
-    estimates = {}
-    for name in [*METRICS, *sorted(there - METRICS.keys())]:
-        found = [(value, row.cluster) for row in rows if (value := row.score(model, name)) is not None]
-        if found:
-            estimate = proportion if name in METRICS and METRICS[name].scale == SHARE else bootstrap_mean
-            estimates[name] = estimate([value for value, _ in found], [cluster for _, cluster in found], seed)
-    return estimates
+    taken = [(row.cluster, row.answers[model].scores) for row in rows]
+    names = list(dict.fromkeys(name for _, scores in taken for name in scores))
+    together: dict[tuple[str, ...], dict[str, list[float]]] = {}  # clusters of the rows that have a score -> its values
+    estimates: dict[str, Estimate] = {}
+    for name in names:
+        clusters = tuple(cluster for cluster, scores in taken if name in scores)
+        values = [scores[name] for _, scores in taken if name in scores]
+        if name in METRICS and METRICS[name].scale == SHARE and set(values) <= {0, 1}:
+            estimates[name] = proportion(values, clusters, seed)
+        else:
+            together.setdefault(clusters, {})[name] = values
+    for clusters, scores in together.items():
+        estimates |= zip(scores, bootstrap_means(list(scores.values()), clusters, seed), strict=True)
+    order = [*METRICS, *names]
+    return dict(sorted(estimates.items(), key=lambda item: order.index(item[0])))
 
 
 def _corpus_scores(rows: Sequence[Prediction], model: str) -> dict[str, CorpusScore]:

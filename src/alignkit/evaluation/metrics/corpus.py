@@ -8,13 +8,14 @@ own tokenizer in sacrebleu wants a dictionary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, TypedDict
 
 from alignkit.data.words import HAN, WITHOUT_SPACES
 
 if TYPE_CHECKING:
-    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.base import Signature
+    from sacrebleu.metrics.bleu import BLEU, BLEUScore
     from sacrebleu.metrics.chrf import CHRF
 
 
@@ -39,7 +40,7 @@ def bleu(answer: str, reference: str) -> float:
 
     An order without a match is smoothed exponentially (Chen and Cherry, 2014, method 3), as sacrebleu does by default.
     """
-    return float(_bleu(bleu_tokenizer(reference), sentences=True).sentence_score(answer, [reference]).score)
+    return float(_sentence_bleu(answer, reference, bleu_tokenizer(reference)).score)
 
 
 def chrf(answer: str, reference: str) -> float:
@@ -54,13 +55,8 @@ def corpus_bleu(answers: Sequence[str], references: Sequence[str]) -> CorpusScor
     """
     from sacrebleu.metrics.bleu import BLEU
 
-    groups: dict[str, list[tuple[str, str]]] = {}
-    for answer, reference in zip(answers, references, strict=True):
-        groups.setdefault(bleu_tokenizer(reference), []).append((answer, reference))
-    found = []
-    for tokenizer, pairs in groups.items():
-        written, wanted = zip(*pairs, strict=True)
-        found.append(_bleu(tokenizer).corpus_score(written, [wanted]))
+    tokenizers = [bleu_tokenizer(reference) for reference in references]
+    found = [_sentence_bleu(*each) for each in zip(answers, references, tokenizers, strict=True)]
     together = BLEU.compute_bleu(
         correct=[sum(order) for order in zip(*(each.counts for each in found), strict=True)],
         total=[sum(order) for order in zip(*(each.totals for each in found), strict=True)],
@@ -68,7 +64,7 @@ def corpus_bleu(answers: Sequence[str], references: Sequence[str]) -> CorpusScor
         ref_len=sum(each.ref_len for each in found),
         smooth_method="exp",
     )
-    signatures = [str(_bleu(tokenizer).get_signature()) for tokenizer in groups]
+    signatures = [str(_signature(name)) for name in dict.fromkeys(tokenizers)]
     return CorpusScore(score=float(together.score), signature=" and ".join(signatures))
 
 
@@ -78,11 +74,26 @@ def corpus_chrf(answers: Sequence[str], references: Sequence[str]) -> CorpusScor
     return CorpusScore(score=float(score), signature=str(_chrf().get_signature()))
 
 
+@lru_cache(maxsize=1 << 14)
+def _sentence_bleu(answer: str, reference: str, tokenizer: str) -> BLEUScore:
+    """A sentence's score with its counts, which a corpus score sums; what is scored twice is counted once."""
+    return _bleu(tokenizer).sentence_score(answer, [reference])
+
+
 @cache
-def _bleu(tokenizer: str, *, sentences: bool = False) -> BLEU:
+def _bleu(tokenizer: str) -> BLEU:
     from sacrebleu.metrics.bleu import BLEU
 
-    return BLEU(tokenize=tokenizer, effective_order=sentences, force=True)
+    return BLEU(tokenize=tokenizer, effective_order=True, force=True)
+
+
+def _signature(tokenizer: str) -> Signature:
+    """Of the corpus score, whose order is not the effective one."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    bleu = BLEU(tokenize=tokenizer, force=True)
+    bleu.corpus_score(["a"], [["a"]])
+    return bleu.get_signature()
 
 
 @cache
