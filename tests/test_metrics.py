@@ -302,6 +302,18 @@ def test_unknown_metrics_are_told_the_nearest() -> None:
     assert {*ALWAYS, *DEFAULT} <= METRICS.keys()
 
 
+def test_the_documentation_has_every_metric_with_its_scale() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "evaluation_metrics.md").read_text(encoding="utf-8")
+    table = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    told = {name: cells for cells in table for name in re.findall(r"`(\w+)`", cells[0])}
+    assert told.keys() == METRICS.keys()
+    better = {True: "higher", False: "lower", None: "–"}
+    for name, metric in METRICS.items():
+        assert told[name][2] == better[metric.higher_is_better], name
+        assert told[name][1] in (metric.scale.replace("-1", "−1"), "count"), name
+        assert (told[name][4] == "never |") is (metric.absent == "never"), name
+
+
 # -- what models write when they go astray -----------------------------------------------------------------------------
 
 
