@@ -96,7 +96,7 @@ def test_scores_every_model_on_the_same_questions(home: Path, tmp_path: Path) ->
         assert summary["judge"]["mean"] == pytest.approx(
             sum(row.answers[name].scores.get("judge", 0) for row in rows) / 19
         )
-        assert set(summary["exact_match_by"]) == {"form", "level", "kind", "held_out_name"}
+        assert set(summary["by"]) == {"form", "level", "kind", "held_out_name"}
     pairs = [(entry["new"], entry["old"]) for entry in artifact.metrics["comparisons"]]
     assert pairs == [("sft", "base"), ("dpo", "sft")]
     assert artifact.summary.startswith("exact match base 0.")

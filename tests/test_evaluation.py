@@ -11,7 +11,8 @@ import pytest
 from alignkit.core.records import QAExample
 from alignkit.data.chat import qa_prompt
 from alignkit.evaluation.leakage import find_leakage
-from alignkit.evaluation.metrics import exact_match, token_f1, verdict_is_right
+from alignkit.evaluation.metrics.content import verdict_is_right
+from alignkit.evaluation.metrics.overlap import exact_match, token_f1
 from alignkit.evaluation.predictions import Prediction, breakdown, compare, score_answer, summarise
 from alignkit.evaluation.statistics import balanced_accuracy, bootstrap_mean, mcnemar_p, wilson
 
@@ -149,8 +150,8 @@ def test_summary_of_a_model() -> None:
     assert summary["balanced_verdict_accuracy"]["mean"] == (1 + 0.5) / 2
     assert (summary["judge"]["mean"], summary["judge"]["n"]) == (9, 3)  # one row has no grade: it is not a zero
     assert summary["words"]["mean"] == (5 + 5 + 5 + 4) / 4
-    assert summary["exact_match_by"]["form"]["no"] == wilson(1, 2)
-    assert "kind" not in summary["exact_match_by"]
+    assert summary["by"]["form"]["no"]["exact_match"] == wilson(1, 2)
+    assert "kind" not in summary["by"]
 
 
 def test_where_statements_repeat_exact_match_is_resampled_by_statement() -> None:
@@ -160,13 +161,33 @@ def test_where_statements_repeat_exact_match_is_resampled_by_statement() -> None
     found = summarise(copies, "new", seed=3)
     assert found["exact_match"] == bootstrap_mean(right, statements, 3)
     assert found["exact_match"]["high"] - found["exact_match"]["low"] > 0.5  # four statements, not forty rows
-    assert found["exact_match_by"]["form"]["no"] == bootstrap_mean(right[10:30], statements[10:30], 3)
+    assert found["by"]["form"]["no"]["exact_match"] == bootstrap_mean(right[10:30], statements[10:30], 3)
 
 
 def test_breakdown_adds_up() -> None:
     table = breakdown(ROWS, "old")
-    assert table["held_out_name"] == {"True": wilson(0, 1), "False": wilson(2, 3)}
-    assert sum(estimate["n"] for estimate in table["form"].values()) == 4
+    matches = {value: scores["exact_match"] for value, scores in table["held_out_name"].items()}
+    assert matches == {"True": wilson(0, 1), "False": wilson(2, 3)}
+    assert sum(scores["exact_match"]["n"] for scores in table["form"].values()) == 4
+    assert table["form"]["no"]["token_f1"]["mean"] == 1
+
+
+def test_a_tag_with_one_value_is_not_broken_down() -> None:
+    rows = [row.model_copy(update={"source": "wiki", "kind": "judgmental"}) for row in ROWS]
+    assert "source" not in breakdown(rows, "old")
+    rows[0] = rows[0].model_copy(update={"source": "manual"})
+    assert {value: scores["words"]["n"] for value, scores in breakdown(rows, "old")["source"].items()} == {
+        "wiki": 3,
+        "manual": 1,
+    }
+
+
+def test_rows_without_an_answer_do_not_count() -> None:
+    rows = [ROWS[0].model_copy(update={"answers": {"old": ROWS[0].answers["old"]}}), *ROWS[1:]]
+    summary = summarise(rows, "new")
+    assert summary["exact_match"] == wilson(2, 3)
+    assert "True" not in summary["by"].get("held_out_name", {})
+    assert summarise(rows[:1], "new") == {}
 
 
 def test_comparison_is_paired() -> None:

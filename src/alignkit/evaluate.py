@@ -3,15 +3,17 @@
 A system is an adapter on the base, the base alone, a whole model, a GGUF file, a model behind a server, or a file of
 answers: what stands at its path says which. All answer the same questions, greedily unless told otherwise. Scores are
 exact match, word F1, the accuracy of yes/no verdicts (balanced: the mean over true yes and true no), the answer's
-length, and the teacher's grade from 0 to 10. Rows with the fields `form`, `level` or `held_out_name` are also counted
-by these. Differences are paired: the same questions, before and after; a row that one of two systems did not answer
-counts for neither. A held-out question that a model was trained on stops it.
+length, those of `metrics`, and the teacher's grade from 0 to 10. Rows with different values of the fields `form`,
+`level`, `kind`, `source` or `held_out_name` are also counted by these. Differences are paired: the same questions,
+before and after; a row that one of two systems did not answer counts for neither. A held-out question that a model was
+trained on stops it.
 
 Reads:   data.path                 held-out question-answer rows
          models                    systems by name, in the order of training; "" is the base
          passages.documents        what distractors are drawn from, or searched (none: the rows' statements)
 Writes:  predictions.jsonl         for each question what every system answered and read, and the scores
          unanswered.jsonl          which system did not answer which row, and why (where there are any)
+         lm_eval/, promptfoo/      the questions for other harnesses (with export)
          manifest.json             metrics.models: scores by system; metrics.comparisons: differences
 
 Overrides people use:
@@ -20,6 +22,8 @@ Overrides people use:
   'comparisons=["dpo>sft"]'          which pairs to compare, "new>old" (default: each system with the one before)
   contexts=noisy                     the statement among distractors (retrieved: what is found; multihop: searching)
   judge=false                        without the teacher's grades
+  metrics=[rouge_l,chrf,reward]      which scores (reward: measuring.reward=runs/demo/reward)
+  export=[lm_eval,promptfoo]         write the questions for these harnesses, too
   data.limit=100                     the first 100 questions only
   sampling.max_new_tokens=512        longer answers
 
@@ -33,12 +37,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
 from alignkit.core.config import ModelConfig, RowsConfig, SamplingConfig, StageConfig, TeacherConfig
 from alignkit.core.errors import UserError
 from alignkit.evaluation.contexts import NONE, ContextKind, PassagesConfig
+from alignkit.evaluation.metrics.catalogue import DEFAULT, MeasuringConfig
 from alignkit.evaluation.systems import ServersConfig
 
 # All configurations write Optional[...]; omegaconf takes `... | None` just as well.
@@ -57,7 +63,14 @@ if TYPE_CHECKING:
 class EvaluateConfig(StageConfig):
     """Configuration of `evaluate`."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("data.path", "models", "passages.documents", "model.path")
+    inputs: ClassVar[tuple[str, ...]] = (
+        "data.path",
+        "models",
+        "passages.documents",
+        "measuring.embedding",
+        "measuring.reward",
+        "model.path",
+    )
     incidental: ClassVar[tuple[str, ...]] = (
         *StageConfig.incidental,
         "servers.concurrency",
@@ -80,6 +93,12 @@ class EvaluateConfig(StageConfig):
     """Go on although a model was trained on some of the held-out questions."""
     judge: bool = True
     """Have the teacher grade the answers."""
+    metrics: list[str] = field(default_factory=lambda: list(DEFAULT))
+    """Scores of an answer: docs/evaluation_metrics.md lists them. Exact match, word F1, verdicts and words are always
+    taken."""
+    measuring: MeasuringConfig = field(default_factory=MeasuringConfig)
+    export: list[str] = field(default_factory=list)
+    """Other harnesses to write the questions for: lm_eval, promptfoo."""
     model: ModelConfig = field(default_factory=ModelConfig)
     sampling: SamplingConfig = field(
         default_factory=lambda: SamplingConfig(n=1, temperature=[0.0, 0.0], top_p=[1.0, 1.0])
@@ -90,9 +109,14 @@ class EvaluateConfig(StageConfig):
 def run(config: EvaluateConfig) -> Artifact:
     """Let every system answer every held-out question, grade the answers, and estimate scores and differences."""
     from alignkit.evaluation.answering import answer_with_systems, grade
+    from alignkit.evaluation.harnesses import check_harnesses, export_questions
+    from alignkit.evaluation.metrics.catalogue import check_metrics
+    from alignkit.evaluation.metrics.measure import score_rows
     from alignkit.evaluation.predictions import compare, summarise
     from alignkit.evaluation.systems import identify
 
+    check_metrics(config.metrics, config.measuring)
+    check_harnesses(config.export)
     systems = identify({name: source for name, source in config.models.items() if source is not None})
     comparisons = read_comparisons([system.name for system in systems], config.comparisons)
     check_config(config, systems)
@@ -106,10 +130,13 @@ def run(config: EvaluateConfig) -> Artifact:
         examples = [question.example for question in questions]
         grades = grade(examples, answers, config.teacher, artifact) if config.judge else {}
         rows = [predict(example, answers, grades) for example in examples]
+        policies = {each.name: partial(open_policy, each, config.model) for each in systems if each.kind.runs_here}
+        score_rows(rows, config.metrics, config.measuring, config.model, policies, artifact)
         artifact.write_rows("predictions.jsonl", rows)
         artifact.metrics["models"] = {name: summarise(rows, name, config.seed) for name in answers}
         artifact.metrics["comparisons"] = [compare(rows, new, old, config.seed) for new, old in comparisons]
         artifact.metrics |= describe_reading(config, questions, answers, rows, systems)
+        export_questions(examples, config.export, config.sampling.max_new_tokens, artifact)
         if config.judge:
             share = sum(grade is not None for grade in grades.values()) / len(grades)
             artifact.check("answers graded", share >= 0.95, f"{share:.1%} of {len(grades)} different answers")
@@ -222,6 +249,8 @@ def predict(example: QAExample, answers: Answers, grades: Mapping[tuple[str, str
         form=extra.get("form"),
         level=extra.get("level"),
         held_out_name=extra.get("held_out_name"),
+        unanswerable=extra.get("unanswerable"),
+        keywords=extra.get("keywords") or [],
         answers={
             name: score(by_row[example.id], example, grades) for name, by_row in answers.items() if example.id in by_row
         },
@@ -261,6 +290,14 @@ def describe_reading(
     if config.contexts is ContextKind.multihop:
         return {"searches": {name: describe_searches(answers[name].values()) for name in asked}}
     return {"exact_match_by_place": {name: exact_match_by_place(questions, rows, name) for name in asked}}
+
+
+def open_policy(system: System, model: ModelConfig) -> tuple[Any, Any]:
+    """The model and the tokenizer of a system on this machine."""
+    from alignkit.evaluation.systems import open_here
+
+    generator = open_here(system, model)
+    return generator.model, generator.tokenizer
 
 
 def headline(models: Mapping[str, dict[str, Any]]) -> str:

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from alignkit.core.errors import UserError
 from alignkit.core.records import Row
 from alignkit.data.words import words
-from alignkit.evaluation.metrics import exact_match, token_f1, verdict_is_right
-from alignkit.evaluation.statistics import Estimate, balanced_accuracy, bootstrap_mean, mcnemar_p, proportion, wilson
+from alignkit.evaluation.metrics.catalogue import METRICS, SHARE
+from alignkit.evaluation.metrics.content import refused, verdict_is_right
+from alignkit.evaluation.metrics.corpus import CorpusScore, corpus_bleu, corpus_chrf
+from alignkit.evaluation.metrics.overlap import exact_match, token_f1
+from alignkit.evaluation.statistics import (
+    Estimate,
+    balanced_accuracy,
+    bootstrap_mean,
+    bootstrap_means,
+    mcnemar_p,
+    proportion,
+    wilson,
+)
 from alignkit.scoring.rules import read_verdict
 
-TAGS = ("form", "level", "kind", "held_out_name")
-"""Fields of a held-out row by which accuracy is broken down, where the rows have them."""
+TAGS = ("form", "level", "kind", "source", "held_out_name")
+"""Fields of a held-out row by which scores are broken down, where the rows have them."""
 
 SCORES = ("exact_match", "token_f1", "judge")
 """Scores of an answer that models are compared by; higher is better."""
@@ -52,12 +64,21 @@ class Prediction(Row):
     form: str | None = None
     level: str | None = None
     held_out_name: bool | None = None
+    unanswerable: bool | None = None
+    """Whether the question has no answer; None: see `cannot_be_answered`."""
+    keywords: list[str] = Field(default_factory=list)
+    """What an answer should hold."""
     answers: dict[str, ModelAnswer]
 
     @property
     def cluster(self) -> str:
         """What correlated questions have in common: their document, or else their statement."""
         return self.document if self.document is not None else self.instruction
+
+    @property
+    def cannot_be_answered(self) -> bool:
+        """Whether to refuse is right: what the row says, or else whether its reference refuses."""
+        return refused(self.reference) if self.unanswerable is None else self.unanswerable
 
     def score(self, model: str, name: str) -> float | None:
         """One score of one model's answer; None when the model did not answer or the score could not be taken."""
@@ -75,8 +96,12 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 
 def score_answer(text: str, reference: str, *, finished: bool, judge: float | None = None) -> ModelAnswer:
-    """An answer with every score that two texts suffice for, and the judge's."""
-    scores = {"exact_match": float(exact_match(text, reference)), "token_f1": token_f1(text, reference)}
+    """An answer with the scores that are always taken, and the judge's."""
+    scores = {
+        "exact_match": float(exact_match(text, reference)),
+        "token_f1": token_f1(text, reference),
+        "words": float(len(words(text))),
+    }
     right = verdict_is_right(text, reference)
     if right is not None:
         scores["verdict_right"] = float(right)
@@ -86,45 +111,71 @@ def score_answer(text: str, reference: str, *, finished: bool, judge: float | No
 
 
 def summarise(rows: Sequence[Prediction], model: str, seed: int = 0) -> dict[str, Any]:
-    """A model's scores over all rows, each an `Estimate`; one that no row has is left out.
+    """A model's scores over the rows that it answered, each an `Estimate`; one that no row has is left out.
 
-    Rows that it has no answer to do not count. Means have a bootstrap interval over statements, since questions about
-    the same one go together; so has exact match where statements repeat. Where all are different it has Wilson's, as
-    the share of finished answers always has.
+    Rows that it has no answer to do not count. Means have a bootstrap interval over documents, since questions about
+    the same one go together; so have shares of right answers where documents repeat. Where all are different these have
+    Wilson's, as the share of finished answers always has. Besides: `balanced_verdict_accuracy`; `perplexity`, e to the
+    power of the mean log-perplexity; `corpus`, BLEU and chrF of all answers together; `by`, the `breakdown`. Empty when
+    the model answered nothing.
     """
     rows = [row for row in rows if model in row.answers]
     answers = [row.answers[model] for row in rows]
-    clusters = [row.cluster for row in rows]
-    summary: dict[str, Any] = {
-        "exact_match": proportion([answer.scores["exact_match"] for answer in answers], clusters, seed)
-    }
-    summary["token_f1"] = bootstrap_mean([answer.scores["token_f1"] for answer in answers], clusters, seed)
-    judged = [(grade, row.cluster) for row in rows if (grade := row.score(model, "judge")) is not None]
-    if judged:
-        summary["judge"] = bootstrap_mean([grade for grade, _ in judged], [cluster for _, cluster in judged], seed)
+    if not rows:
+        return {}
+    summary: dict[str, Any] = _estimates(rows, model, seed)
     right = {wanted: _right_verdicts(rows, model, wanted) for wanted in ("yes", "no")}
     if right["yes"] and right["no"]:
         summary["balanced_verdict_accuracy"] = balanced_accuracy(right["yes"], right["no"], seed)
-    summary["words"] = bootstrap_mean([len(words(answer.text)) for answer in answers], clusters, seed)
+    if (nats := summary.get("log_perplexity")) is not None:
+        summary["perplexity"] = {key: math.exp(nats[key]) for key in ("mean", "low", "high")} | {"n": nats["n"]}
     summary["finished"] = wilson(sum(answer.finished for answer in answers), len(answers))
-    summary["exact_match_by"] = breakdown(rows, model, seed)
+    if together := _corpus_scores(rows, model):
+        summary["corpus"] = together
+    summary["by"] = breakdown(rows, model, seed)
     return summary
 
 
-def breakdown(rows: Sequence[Prediction], model: str, seed: int = 0) -> dict[str, dict[str, Estimate]]:
-    """Exact match by each value of each tag that the rows have: tag -> value -> `Estimate`."""
-    table: dict[str, dict[str, Estimate]] = {}
+def breakdown(rows: Sequence[Prediction], model: str, seed: int = 0) -> dict[str, dict[str, dict[str, Estimate]]]:
+    """Scores by each value of each tag that the answered rows have several values of: tag -> value -> score."""
+    table: dict[str, dict[str, dict[str, Estimate]]] = {}
     for tag in TAGS:
-        matches: dict[str, list[tuple[float, str]]] = {}
+        by_value: dict[str, list[Prediction]] = {}
         for row in rows:
             if (value := getattr(row, tag)) is not None and model in row.answers:
-                matches.setdefault(str(value), []).append((row.answers[model].scores["exact_match"], row.cluster))
-        if matches:
-            table[tag] = {
-                value: proportion([right for right, _ in found], [cluster for _, cluster in found], seed)
-                for value, found in matches.items()
-            }
+                by_value.setdefault(str(value), []).append(row)
+        if len(by_value) > 1:
+            table[tag] = {value: _estimates(some, model, seed) for value, some in by_value.items()}
     return table
+
+
+def _estimates(rows: Sequence[Prediction], model: str, seed: int) -> dict[str, Estimate]:
+    """Each score that the rows have, in the order of `METRICS`, over the rows that have it."""
+    taken = [(row.cluster, row.answers[model].scores) for row in rows]
+    names = list(dict.fromkeys(name for _, scores in taken for name in scores))
+    together: dict[tuple[str, ...], dict[str, list[float]]] = {}  # clusters of the rows that have a score -> its values
+    estimates: dict[str, Estimate] = {}
+    for name in names:
+        clusters = tuple(cluster for cluster, scores in taken if name in scores)
+        values = [scores[name] for _, scores in taken if name in scores]
+        if name in METRICS and METRICS[name].scale == SHARE and set(values) <= {0, 1}:
+            estimates[name] = proportion(values, clusters, seed)
+        else:
+            together.setdefault(clusters, {})[name] = values
+    for clusters, scores in together.items():
+        estimates |= zip(scores, bootstrap_means(list(scores.values()), clusters, seed), strict=True)
+    order = [*METRICS, *names]
+    return dict(sorted(estimates.items(), key=lambda item: order.index(item[0])))
+
+
+def _corpus_scores(rows: Sequence[Prediction], model: str) -> dict[str, CorpusScore]:
+    """BLEU and chrF of all answers together, where single answers have them."""
+    scores: dict[str, CorpusScore] = {}
+    for name, take in (("bleu", corpus_bleu), ("chrf", corpus_chrf)):
+        scored = [row for row in rows if row.score(model, name) is not None]
+        if scored:
+            scores[name] = take([row.answers[model].text for row in scored], [row.reference for row in scored])
+    return scores
 
 
 def compare(rows: Sequence[Prediction], new: str, old: str, seed: int = 0) -> dict[str, Any]:

@@ -50,8 +50,15 @@ def bootstrap_mean(values: Sequence[float], groups: Sequence[str] | None = None,
     Rows of the same group are drawn together: questions about one statement, or one question under several seeds, are
     not independent, and an interval that treats them so is too narrow. Paired differences are just such a mean.
     """
-    resampled = _resampled_means(values, groups, seed)
-    return _interval(float(np.mean(values)), resampled, len(values))
+    return bootstrap_means([values], groups, seed)[0]
+
+
+def bootstrap_means(
+    scores: Sequence[Sequence[float]], groups: Sequence[str] | None = None, seed: int = 0
+) -> list[Estimate]:
+    """`bootstrap_mean` of several scores of the same rows; one set of resamples serves all, which is much faster."""
+    resampled = _resampled_means(np.asarray(scores, dtype=np.float64), groups, seed)
+    return [_interval(float(np.mean(each)), means, len(each)) for each, means in zip(scores, resampled, strict=True)]
 
 
 def proportion(outcomes: Sequence[float], groups: Sequence[str], seed: int = 0) -> Estimate:
@@ -68,7 +75,8 @@ def proportion(outcomes: Sequence[float], groups: Sequence[str], seed: int = 0) 
 def balanced_accuracy(yes: Sequence[float], no: Sequence[float], seed: int = 0) -> Estimate:
     """The mean of two recalls, with its bootstrap interval; `yes` and `no` hold 1 for a right verdict and 0 for a wrong
     one, over the rows whose true verdict is yes and no. A model that always says yes scores 0.5, whatever the mix."""
-    resampled = (_resampled_means(yes, None, seed) + _resampled_means(no, None, seed + 1)) / 2
+    resampled = _resampled_means(np.asarray([yes], dtype=np.float64), None, seed)
+    resampled = (resampled + _resampled_means(np.asarray([no], dtype=np.float64), None, seed + 1))[0] / 2
     return _interval((float(np.mean(yes)) + float(np.mean(no))) / 2, resampled, len(yes) + len(no))
 
 
@@ -82,20 +90,26 @@ def mcnemar_p(gained: int, lost: int) -> float:
     return min(1.0, tail / (1 << both) * 2)
 
 
-def _resampled_means(values: Sequence[float], groups: Sequence[str] | None, seed: int) -> Floats:
-    """Means of 2,000 resamples of whole groups (of single rows, without groups)."""
-    if not len(values):
+def _resampled_means(scores: Floats, groups: Sequence[str] | None, seed: int) -> Floats:
+    """Means [scores, 2,000] of `scores` [scores, rows] over resamples of whole groups (of single rows, without groups).
+
+    A resample says how many times each group is drawn, and its means are products with the groups' sums and sizes.
+    """
+    rows = scores.shape[1]
+    if not rows:
         raise ValueError("no values to take a mean of")
-    labels = np.arange(len(values)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    labels = np.arange(rows) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
     counts = np.bincount(labels).astype(np.float64)
-    sums = np.bincount(labels, weights=np.asarray(values, dtype=np.float64))
+    sums = np.stack([np.bincount(labels, weights=each) for each in scores], axis=1)
     generator = np.random.default_rng(seed)
     at_once = max(1, _DRAWS_AT_ONCE // len(counts))
     means = []
     for start in range(0, RESAMPLES, at_once):
         drawn = generator.integers(len(counts), size=(min(at_once, RESAMPLES - start), len(counts)))
-        means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
-    return np.concatenate(means)
+        places = drawn + len(counts) * np.arange(len(drawn))[:, None]
+        times = np.bincount(places.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.float64)
+        means.append((times @ sums) / (times @ counts)[:, None])
+    return np.concatenate(means).T
 
 
 def _interval(mean: float, resampled: Floats, n: int) -> Estimate:

@@ -58,6 +58,15 @@ def rouge_l_f(a: Sequence[str], b: Sequence[str]) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
+def word_code(number: int) -> str:
+    """The character that stands for the word of this number, from 0, so that a text is a string and comparing is fast.
+
+    Surrogates and "\\0" are left out.
+    """
+    code = _FIRST_CODE + number
+    return chr(code if code < _SURROGATES else code + _SURROGATE_COUNT)
+
+
 _Occurrence = tuple[str, int]
 """A word and its how-manieth occurrence in a text it is: as many of them are shared as words, repetitions counted."""
 
@@ -85,7 +94,7 @@ class NoveltyFilter:
         self._labels: list[str] = []
         self._exact: dict[str, int] = {}
         self._codes: dict[str, str] = {}
-        """Word -> the one character that stands for it, so that a text is a string and comparing is fast."""
+        """Word -> its `word_code`."""
         self._encoded: list[str] = []
         self._lengths = np.zeros(_FIRST_CAPACITY, dtype=np.float32)
         self._holders: dict[_Occurrence, array[int]] = {}
@@ -178,5 +187,4 @@ class NoveltyFilter:
         self._lengths = np.resize(self._lengths, capacity)
 
     def _new_code(self, word: str) -> str:
-        code = _FIRST_CODE + len(self._codes)
-        return self._codes.setdefault(word, chr(code if code < _SURROGATES else code + _SURROGATE_COUNT))
+        return self._codes.setdefault(word, word_code(len(self._codes)))
