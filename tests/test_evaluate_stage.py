@@ -181,6 +181,8 @@ def test_a_model_trained_on_a_held_out_question_stops_it(home: Path, tmp_path: P
     ("more", "message"),
     [
         (["sampling.n=2"], "sampling.n=2: evaluate takes one answer"),
+        (["cluster_by=machine"], "cluster_by=machine: the row t0 has no such field"),
+        (["human_labels=gone.jsonl"], "gone.jsonl: no such file"),
         (['comparisons=["dpo>sff"]'], "'dpo>sff' must be 'new>old' with two of the models base, sft, dpo"),
         (["comparisons=[dpo]"], "'dpo' must be 'new>old'"),
         (["models={gone: runs/nowhere/adapter}"], "models.gone=runs/nowhere/adapter: no such file or folder"),

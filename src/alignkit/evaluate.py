@@ -85,6 +85,7 @@ def run(config: EvaluateConfig) -> Artifact:
     """Let every model answer every held-out question, grade the answers, and estimate scores and differences."""
     from alignkit.evaluation.agreement import read_labels
     from alignkit.evaluation.answering import answer_with_models, grade
+    from alignkit.evaluation.comparison import document_of
     from alignkit.evaluation.predictions import compare, summarise
 
     if config.human_labels and not (config.judge or config.pairwise):
@@ -96,10 +97,11 @@ def run(config: EvaluateConfig) -> Artifact:
         if artifact.up_to_date:
             return artifact
         examples = read_held_out(config, artifact)
+        documents = {example.id: document_of(example, config.cluster_by) for example in examples}
         check_leakage(examples, models, config, artifact)
         answers = answer_with_models(examples, models, config.model, config.sampling, config.seed, artifact)
         grades = grade(examples, answers, config.teacher, artifact) if config.judge else {}
-        rows = [predict(example, answers, grades, config.cluster_by) for example in examples]
+        rows = [predict(example, answers, grades, documents[example.id]) for example in examples]
         if config.judge or config.pairwise:
             rows = ask_judge(rows, comparisons, models, labels, config, artifact)
         artifact.write_rows("predictions.jsonl", rows)
@@ -174,10 +176,9 @@ def check_leakage(
 
 
 def predict(
-    example: QAExample, answers: Answers, grades: Mapping[tuple[str, str], float | None], cluster_by: str = "document"
+    example: QAExample, answers: Answers, grades: Mapping[tuple[str, str], float | None], document: str | None
 ) -> Prediction:
     """All models' answers to one question, scored."""
-    from alignkit.evaluation.comparison import document_of
     from alignkit.evaluation.predictions import Prediction, score_answer
 
     extra = example.model_extra or {}
@@ -187,7 +188,7 @@ def predict(
         instruction=example.instruction,
         input=example.input,
         reference=example.output,
-        document=document_of(example, cluster_by),
+        document=document,
         source=example.source or None,
         kind=example.kind,
         form=extra.get("form"),
