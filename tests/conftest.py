@@ -29,14 +29,19 @@ for account in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "HF_TOKEN"):
 
 
 @pytest.fixture(scope="session")
-def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which `pipeline=smoke run=demo` has run. Tests that use it are in the xdist group "smoke"."""
+def smoke_run(tmp_path_factory: pytest.TempPathFactory, testrun_uid: str) -> Path:
+    """A folder in which `pipeline=smoke run=demo` has run, once for all the processes that share the tests."""
+    from filelock import FileLock
     from smoke import pipeline
 
-    folder = tmp_path_factory.mktemp("smoke")
-    done = pipeline(folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (folder / "console.txt").write_text(done.stdout, encoding="utf-8")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"smoke-{testrun_uid}"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "console.txt").exists():
+            folder.mkdir(exist_ok=True)
+            done = pipeline(folder)
+            assert done.returncode == 0, done.stdout + done.stderr
+            (folder / "console.txt").write_text(done.stdout, encoding="utf-8")
     return folder
 
 

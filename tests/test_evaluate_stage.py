@@ -186,7 +186,7 @@ def test_a_model_trained_on_a_held_out_question_stops_it(home: Path, tmp_path: P
         (['comparisons=["dpo>sff"]'], "'dpo>sff' must be 'new>old' with two of the models base, sft, dpo"),
         (["comparisons=[dpo]"], "'dpo' must be 'new>old'"),
         (["models={gone: runs/nowhere/adapter}"], "models.gone=runs/nowhere/adapter: no such file or folder"),
-        (["sampling.max_new_tokens=250"], "no question can be sampled for"),
+        (["sampling.max_new_tokens=250"], "no question can be asked (prompt and max_new_tokens exceed max_length)"),
     ],
 )
 def test_bad_configurations_are_explained(
@@ -204,10 +204,6 @@ def test_nothing_to_compare_with(home: Path, tmp_path: Path) -> None:
 
 
 def test_comparisons_default_to_neighbours() -> None:
-    models = {"base": "", "sft": "a", "dpo": "b"}
-    assert read_comparisons(models, []) == [("sft", "base"), ("dpo", "sft")]
-    assert read_comparisons(models, [" dpo > base "]) == [("dpo", "base")]
-    with pytest.raises(UserError, match="name at least one"):
-        read_comparisons({}, [])
-    with pytest.raises(UserError, match=r"'\.\./x' is no name"):  # it becomes the name of a file
-        read_comparisons({"../x": ""}, [])
+    names = ["base", "sft", "dpo"]
+    assert read_comparisons(names, []) == [("sft", "base"), ("dpo", "sft")]
+    assert read_comparisons(names, [" dpo > base "]) == [("dpo", "base")]

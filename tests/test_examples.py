@@ -11,7 +11,6 @@ from smoke import command
 EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.py"))
 
 
-@pytest.mark.xdist_group("smoke")
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs_and_prints(smoke_run: Path, example: Path) -> None:
     done = command([sys.executable, str(example)], smoke_run)

@@ -140,7 +140,6 @@ def test_a_killed_pipeline_continues(tmp_path: Path) -> None:
         assert json.loads((tmp_path / f"runs/demo/{step}/manifest.json").read_text())["status"] == "complete"
 
 
-@pytest.mark.xdist_group("smoke")
 def test_the_whole_road_runs_and_every_check_passes(smoke_run: Path) -> None:
     run = smoke_run / "runs" / "demo"
     console = (smoke_run / "console.txt").read_text(encoding="utf-8")
@@ -153,7 +152,6 @@ def test_the_whole_road_runs_and_every_check_passes(smoke_run: Path) -> None:
     assert all(check["passed"] for check in checks)
 
 
-@pytest.mark.xdist_group("smoke")
 def test_what_a_stage_reads_is_what_another_wrote(smoke_run: Path) -> None:
     """Every input that lies in the run has the hash that its own stage's manifest gives it."""
     run = smoke_run / "runs" / "demo"
@@ -172,7 +170,6 @@ def test_what_a_stage_reads_is_what_another_wrote(smoke_run: Path) -> None:
     assert checked >= 10
 
 
-@pytest.mark.xdist_group("smoke")
 def test_a_preference_pair_can_be_followed_back_to_the_seeds(smoke_run: Path) -> None:
     pairs = smoke_run / "runs/demo/rejection_sampling/pairs.jsonl"
     row = json.loads(pairs.read_text(encoding="utf-8").splitlines()[0])

@@ -31,7 +31,6 @@ def test_make_targets_exist(line: str) -> None:
     assert subprocess.run([*target, "-n"], cwd=ROOT, capture_output=True, check=False).returncode == 0
 
 
-@pytest.mark.xdist_group("smoke")
 @pytest.mark.parametrize("line", [line for line in shell_lines() if not line.startswith("make ")])
 def test_shell_lines_run(smoke_run: Path, line: str) -> None:
     done = subprocess.run(
@@ -40,7 +39,6 @@ def test_shell_lines_run(smoke_run: Path, line: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.xdist_group("smoke")
 @pytest.mark.parametrize("block", [block for kind, block in BLOCKS if kind == "python"])
 def test_python_blocks_run(smoke_run: Path, block: str) -> None:
     done = subprocess.run(

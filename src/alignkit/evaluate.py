@@ -1,21 +1,26 @@
-"""evaluate: score models on held-out questions, each score with its 95 % interval, and compare them pairwise.
+"""evaluate: score systems on held-out questions, each score with its 95 % interval, and compare them pairwise.
 
-Each model is the same base with one adapter, or the base alone; all answer the same questions, greedily. Scores are
+A system is an adapter on the base, the base alone, a whole model, a GGUF file, a model behind a server, or a file of
+answers: what stands at its path says which. All answer the same questions, greedily unless told otherwise. Scores are
 exact match, word F1, the accuracy of yes/no verdicts (balanced: the mean over true yes and true no), the answer's
 length, and the teacher's grade from 0 to 10. Rows with the fields `form`, `level` or `held_out_name` are also counted
-by these. Differences are paired: the same questions, before and after; intervals and p-values go by document, since
-questions about one are correlated, and it is said how small a difference so many questions can show. A held-out
-question that a model was trained on stops it.
+by these. Differences are paired: the same questions, before and after; a row that one of two systems did not answer
+counts for neither. Intervals and p-values go by document, since questions about one are correlated, and it is said how
+small a difference so many questions can show. A held-out question that a model was trained on stops it.
 
 Reads:   data.path                 held-out question-answer rows
-         models                    adapters by name, in the order of training; "" is the base
-Writes:  predictions.jsonl         for each question what every model answered, and the scores
+         models                    systems by name, in the order of training; "" is the base
+         passages.documents        what distractors are drawn from, or searched (none: the rows' statements)
+Writes:  predictions.jsonl         for each question what every system answered and read, and the scores
          preferences.jsonl         with pairwise=true: what the teacher said of each pair of answers, in both orders
-         manifest.json             metrics.models: scores by model; metrics.comparisons: differences
+         unanswered.jsonl          which system did not answer which row, and why (where there are any)
+         manifest.json             metrics.models: scores by system; metrics.comparisons: differences
 
 Overrides people use:
-  'models={sft: runs/mine/sft/adapter}'   adapters to examine, after the base (models.base=null: without the base)
-  'comparisons=["dpo>sft"]'          which pairs to compare, "new>old" (default: each model with the one before)
+  'models={sft: runs/mine/sft/adapter}'   systems to examine, after the base (models.base=null: without the base)
+  'models.vllm="http://127.0.0.1:8000/v1#<model>"'   a server (servers.api_key_env.vllm: NAME of its key's variable)
+  'comparisons=["dpo>sft"]'          which pairs to compare, "new>old" (default: each system with the one before)
+  contexts=noisy                     the statement among distractors (retrieved: what is found; multihop: searching)
   judge=false                        without the teacher's grades
   pairwise=true                      ask the teacher which of two answers is better, too, in both orders
   human_labels=labels.jsonl          how far the teacher agrees with people's grades or preferences
@@ -25,13 +30,13 @@ Overrides people use:
 
 Examples:
   python -m alignkit.evaluate run=demo data.path=test.jsonl 'models={sft: runs/demo/sft/adapter}'
-  python -m alignkit.evaluate +model=qwen7b data.path=test.jsonl judge=false
+  python -m alignkit.evaluate run=demo data.path=test.jsonl contexts=retrieved passages.documents=manuals name=live
+  python -m alignkit.evaluate +model=qwen7b data.path=test.jsonl judge=false 'models.gpt=answers.jsonl'
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
@@ -39,6 +44,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Optional
 from alignkit.core.artifact import Artifact
 from alignkit.core.config import ModelConfig, RowsConfig, SamplingConfig, StageConfig, TeacherConfig
 from alignkit.core.errors import UserError
+from alignkit.evaluation.contexts import NONE, ContextKind, PassagesConfig
+from alignkit.evaluation.systems import ServersConfig
 
 # All configurations write Optional[...]; omegaconf takes `... | None` just as well.
 # ruff: noqa: UP045
@@ -46,8 +53,11 @@ from alignkit.core.errors import UserError
 if TYPE_CHECKING:
     from alignkit.core.records import QAExample
     from alignkit.evaluation.agreement import HumanLabel
-    from alignkit.evaluation.answering import Answers
-    from alignkit.evaluation.predictions import Prediction
+    from alignkit.evaluation.answering import Answers, Setup
+    from alignkit.evaluation.answers import Answer
+    from alignkit.evaluation.contexts import Question
+    from alignkit.evaluation.predictions import ModelAnswer, Prediction
+    from alignkit.evaluation.systems import System
 
 
 LOG = logging.getLogger("alignkit")
@@ -57,13 +67,25 @@ LOG = logging.getLogger("alignkit")
 class EvaluateConfig(StageConfig):
     """Configuration of `evaluate`."""
 
-    inputs: ClassVar[tuple[str, ...]] = ("data.path", "models", "human_labels", "model.path")
+    inputs: ClassVar[tuple[str, ...]] = ("data.path", "models", "passages.documents", "human_labels", "model.path")
+    incidental: ClassVar[tuple[str, ...]] = (
+        *StageConfig.incidental,
+        "servers.concurrency",
+        "servers.timeout_seconds",
+        "servers.allow_http",
+    )
 
     data: RowsConfig = field(default_factory=RowsConfig)
     models: dict[str, Optional[str]] = field(default_factory=dict)
-    """Name -> adapter folder, in the order of training; "" is the base without an adapter; null leaves a model out."""
+    """Name -> system, in the order of training: an adapter or model folder, a GGUF file, a server's address with its
+    model behind a `#`, a file of answers; "" is the base without an adapter; null leaves a system out."""
     comparisons: list[str] = field(default_factory=list)
-    """"new>old": names of two models; none given: each model with the one before it."""
+    """"new>old": names of two systems; none given: each system with the one before it."""
+    contexts: ContextKind = ContextKind.clean
+    """What is read: the row's statement (clean), that among distractors (noisy), passages that are found for the
+    question (retrieved), or passages that the model asks for itself (multihop)."""
+    passages: PassagesConfig = field(default_factory=PassagesConfig)
+    servers: ServersConfig = field(default_factory=ServersConfig)
     allow_training_questions: bool = False
     """Go on although a model was trained on some of the held-out questions."""
     judge: bool = True
@@ -82,32 +104,35 @@ class EvaluateConfig(StageConfig):
 
 
 def run(config: EvaluateConfig) -> Artifact:
-    """Let every model answer every held-out question, grade the answers, and estimate scores and differences."""
+    """Let every system answer every held-out question, grade the answers, and estimate scores and differences."""
     from alignkit.evaluation.agreement import read_labels
-    from alignkit.evaluation.answering import answer_with_models, grade
+    from alignkit.evaluation.answering import answer_with_systems, grade
     from alignkit.evaluation.comparison import document_of
     from alignkit.evaluation.predictions import compare, summarise
+    from alignkit.evaluation.systems import identify
 
-    if config.human_labels and not (config.judge or config.pairwise):
-        raise UserError("human_labels: people are compared with the judge; set judge=true or pairwise=true")
-    models = {name: adapter for name, adapter in config.models.items() if adapter is not None}
-    comparisons = read_comparisons(models, config.comparisons)
-    labels = read_labels(config.human_labels, list(models)) if config.human_labels else []
+    systems = identify({name: source for name, source in config.models.items() if source is not None})
+    comparisons = read_comparisons([system.name for system in systems], config.comparisons)
+    check_config(config, systems)
+    labels = read_labels(config.human_labels, [system.name for system in systems]) if config.human_labels else []
     with Artifact.open("evaluate", config) as artifact:
         if artifact.up_to_date:
             return artifact
         examples = read_held_out(config, artifact)
         documents = {example.id: document_of(example, config.cluster_by) for example in examples}
-        check_leakage(examples, models, config, artifact)
-        answers = answer_with_models(examples, models, config.model, config.sampling, config.seed, artifact)
+        check_leakage(examples, systems, config, artifact)
+        questions, setup = pose_questions(config, examples, systems, artifact)
+        answers = answer_with_systems(questions, systems, setup, artifact)
+        examples = [question.example for question in questions]
         grades = grade(examples, answers, config.teacher, artifact) if config.judge else {}
         rows = [predict(example, answers, grades, documents[example.id]) for example in examples]
         if config.judge or config.pairwise:
-            rows = ask_judge(rows, comparisons, models, labels, config, artifact)
+            rows = ask_judge(rows, comparisons, systems, labels, config, artifact)
         artifact.write_rows("predictions.jsonl", rows)
-        artifact.metrics["models"] = {name: summarise(rows, name, config.seed) for name in models}
+        artifact.metrics["models"] = {name: summarise(rows, name, config.seed) for name in answers}
         artifact.metrics["comparisons"] = [compare(rows, new, old, config.seed) for new, old in comparisons]
         log_comparisons(artifact.metrics["comparisons"])
+        artifact.metrics |= describe_reading(config, questions, answers, rows, systems)
         if config.judge:
             share = sum(grade is not None for grade in grades.values()) / len(grades)
             artifact.check("answers graded", share >= 0.95, f"{share:.1%} of {len(grades)} different answers")
@@ -115,20 +140,36 @@ def run(config: EvaluateConfig) -> Artifact:
     return artifact
 
 
-def read_comparisons(models: Mapping[str, str], comparisons: Sequence[str]) -> list[tuple[str, str]]:
-    """(new, old) for each comparison; raises `UserError` for models that cannot be compared."""
-    if not models:
-        raise UserError("models: name at least one, e.g. 'models={sft: runs/demo/sft/adapter}'")
-    for name in models:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise UserError(f"models: {name!r} is no name; use letters, digits, dot, dash and underscore")
-    names = list(models)
+def check_config(config: EvaluateConfig, systems: Sequence[System]) -> None:
+    """Raise `UserError` for settings that make no sense together, before anything is read."""
+    from alignkit.evaluation.systems import SystemKind, check_servers
+    from alignkit.generation.base import check_sampling
+
+    if config.sampling.n != 1:
+        raise UserError(f"sampling.n={config.sampling.n}: evaluate takes one answer from each model; set sampling.n=1")
+    check_sampling(config.sampling)
+    if config.human_labels and not (config.judge or config.pairwise):
+        raise UserError("human_labels: people are compared with the judge; set judge=true or pairwise=true")
+    config.passages.check()
+    check_servers(systems, config.servers)
+    if config.contexts is ContextKind.clean and config.passages.documents != NONE:
+        raise UserError("passages.documents: not read with contexts=clean; choose noisy, retrieved or multihop")
+    served = [system.name for system in systems if system.kind is SystemKind.server]
+    if config.contexts is ContextKind.multihop and served:
+        raise UserError(
+            f"contexts=multihop: the server {served[0]} cannot be asked with tools yet; leave it out, or let it answer "
+            "elsewhere and name the file of its answers"
+        )
+
+
+def read_comparisons(names: Sequence[str], comparisons: Sequence[str]) -> list[tuple[str, str]]:
+    """(new, old) for each comparison; raises `UserError` for systems that cannot be compared."""
     if not comparisons:
         return list(zip(names[1:], names[:-1], strict=True))
     pairs = []
     for comparison in comparisons:
         new, arrow, old = (part.strip() for part in comparison.partition(">"))
-        unknown = [name for name in (new, old) if name not in models]
+        unknown = [name for name in (new, old) if name not in names]
         if not arrow or unknown or new == old:
             raise UserError(f"comparisons: {comparison!r} must be 'new>old' with two of the models {', '.join(names)}")
         pairs.append((new, old))
@@ -136,18 +177,12 @@ def read_comparisons(models: Mapping[str, str], comparisons: Sequence[str]) -> l
 
 
 def read_held_out(config: EvaluateConfig, artifact: Artifact) -> list[QAExample]:
-    """The questions that have a reference answer and fit the model; others are dropped."""
+    """The questions that have a reference answer; others are dropped."""
     from alignkit.data.sources import read_questions
-    from alignkit.generation.questions import read_prompts
-    from alignkit.models.loading import load_tokenizer
 
-    if config.sampling.n != 1:
-        raise UserError(f"sampling.n={config.sampling.n}: evaluate takes one answer from each model; set sampling.n=1")
-    prompts, unusable = read_prompts(config.data, load_tokenizer(config.model), config.model, config.sampling)
+    examples, unusable = read_questions(config.data)
     for dropped in unusable:
         artifact.drop(dropped.row, dropped.reason, dropped.detail)
-    usable = {prompt.id for prompt in prompts}
-    examples = [example for example in read_questions(config.data)[0] if example.id in usable]
     for example in examples:
         if not example.output.strip():
             artifact.drop(example, "no reference answer")
@@ -160,12 +195,15 @@ def read_held_out(config: EvaluateConfig, artifact: Artifact) -> list[QAExample]
 
 
 def check_leakage(
-    examples: Sequence[QAExample], models: Mapping[str, str], config: EvaluateConfig, artifact: Artifact
+    examples: Sequence[QAExample], systems: Sequence[System], config: EvaluateConfig, artifact: Artifact
 ) -> None:
     """Stop when a held-out question is among those that a model was trained on."""
     from alignkit.evaluation.leakage import find_leakage
+    from alignkit.evaluation.systems import SystemKind, adapter_behind
 
-    leakage = find_leakage(examples, [adapter for adapter in models.values() if adapter])
+    adapters = {system.name: adapter_behind(system) for system in systems if system.kind is not SystemKind.base}
+    leakage = find_leakage(examples, [adapter for adapter in adapters.values() if adapter is not None])
+    leakage.unknown |= {f"models.{name}" for name, adapter in adapters.items() if adapter is None}
     detail = f"{len(leakage.rows)} of {len(examples)} held-out questions in {len(leakage.files)} training files"
     if leakage.rows:
         detail += f" (first: {min(leakage.rows)}); allow_training_questions=true goes on regardless"
@@ -175,11 +213,28 @@ def check_leakage(
     artifact.check("held-out questions unseen", not leakage.rows or config.allow_training_questions, detail)
 
 
+def pose_questions(
+    config: EvaluateConfig, examples: Sequence[QAExample], systems: Sequence[System], artifact: Artifact
+) -> tuple[list[Question], Setup]:
+    """What every system is asked, and with what; prompts that the base cannot take are dropped, for all of them."""
+    from alignkit.core.journal import Journal
+    from alignkit.evaluation.answering import Setup, fitting
+    from alignkit.evaluation.contexts import pose
+
+    with Journal(artifact.work_folder / "contexts.jsonl", artifact.fingerprint) as journal:
+        questions, retriever, description = pose(config.contexts, config.passages, examples, config.seed, journal)
+    k = config.passages.found_at_once(config.contexts)
+    setup = Setup(config.model, config.sampling, config.servers, config.seed, retriever, k, config.passages.hops)
+    questions = fitting(questions, systems, setup, artifact)
+    artifact.metrics["contexts"] = description
+    return questions, setup
+
+
 def predict(
     example: QAExample, answers: Answers, grades: Mapping[tuple[str, str], float | None], document: str | None
 ) -> Prediction:
-    """All models' answers to one question, scored."""
-    from alignkit.evaluation.predictions import Prediction, score_answer
+    """All systems' answers to one question, scored."""
+    from alignkit.evaluation.predictions import Prediction
 
     extra = example.model_extra or {}
     return Prediction(
@@ -195,21 +250,50 @@ def predict(
         level=extra.get("level"),
         held_out_name=extra.get("held_out_name"),
         answers={
-            name: score_answer(
-                by_row[example.id].text,
-                example.output,
-                finished=by_row[example.id].finished,
-                judge=grades.get((example.id, by_row[example.id].text)),
-            )
-            for name, by_row in answers.items()
+            name: score(by_row[example.id], example, grades) for name, by_row in answers.items() if example.id in by_row
         },
     )
+
+
+def score(answer: Answer, example: QAExample, grades: Mapping[tuple[str, str], float | None]) -> ModelAnswer:
+    """One system's answer to one question, scored, with what it read and searched for."""
+    from alignkit.evaluation.predictions import score_answer
+
+    grade = grades.get((example.id, answer.text))
+    scored = score_answer(answer.text, example.output, finished=answer.finished, judge=grade)
+    return scored.model_copy(
+        update={
+            "scores": scored.scores | answer.scores,
+            "contexts": answer.contexts,
+            "queries": answer.queries,
+        }
+    )
+
+
+def describe_reading(
+    config: EvaluateConfig,
+    questions: Sequence[Question],
+    answers: Answers,
+    rows: Sequence[Prediction],
+    systems: Sequence[System],
+) -> dict[str, Any]:
+    """How those systems that were asked here searched, or how well they found the statement among other passages."""
+    from alignkit.evaluation.contexts import exact_match_by_place
+    from alignkit.evaluation.multihop import describe_searches
+    from alignkit.evaluation.systems import SystemKind
+
+    asked = [system.name for system in systems if system.kind is not SystemKind.answers]
+    if config.contexts is ContextKind.clean:
+        return {}
+    if config.contexts is ContextKind.multihop:
+        return {"searches": {name: describe_searches(answers[name].values()) for name in asked}}
+    return {"exact_match_by_place": {name: exact_match_by_place(questions, rows, name) for name in asked}}
 
 
 def ask_judge(
     rows: list[Prediction],
     comparisons: Sequence[tuple[str, str]],
-    models: Mapping[str, str],
+    systems: Sequence[System],
     labels: Sequence[HumanLabel],
     config: EvaluateConfig,
     artifact: Artifact,
@@ -217,8 +301,10 @@ def ask_judge(
     """The rows with the judge's preferences, where they are wanted; and whether the judge can be relied on."""
     from alignkit.evaluation.agreement import agreement
     from alignkit.evaluation.preferences import add_preferences, warn_of_self_preference
+    from alignkit.evaluation.systems import adapter_behind
 
-    warn_of_self_preference(config.teacher, models, config.data.path, artifact)
+    adapters = {system.name: str(adapter) for system in systems if (adapter := adapter_behind(system))}
+    warn_of_self_preference(config.teacher, adapters, config.data.path, artifact)
     if config.pairwise:
         rows = add_preferences(rows, comparisons, config.teacher, artifact)
     if labels:

@@ -171,7 +171,7 @@ def refuse_secrets(arguments: Sequence[str]) -> None:
     for argument in arguments:
         key, _, value = argument.lstrip("+~").partition("=")
         secret_key = _SECRET_KEY.search(key) and not _TOKENIZER_KEY.search(key)
-        no_name = key.endswith("api_key_env") and not re.fullmatch(r"(['\"]?)([A-Z][A-Z0-9_]*)?\1", value)
+        no_name = re.search(r"api_key_env(\.[^.]+)?$", key) and not re.fullmatch(r"(['\"]?)([A-Z][A-Z0-9_]*)?\1", value)
         opens = key.endswith("base_url") and re.search("[@?]", value)  # a user or a query, which are ways to give a key
         if secret_key or no_name or opens or _SECRET_VALUE.search(argument):
             where = "an argument" if _SECRET_VALUE.search(key) else key

@@ -64,7 +64,8 @@ def input_paths(config: StageConfig) -> Iterator[tuple[str, str]]:
 def describe_inputs(config: StageConfig) -> list[dict[str, Any]]:
     """The inputs of a stage: key, path, sha256, rows. Raises `UserError` for a path that is not there or not finished.
 
-    A value that is not on disk and looks like `owner/name` is taken for a hub name; it has no hash.
+    A value that is not on disk and looks like `owner/name` is taken for a hub name; it has no hash, nor has the
+    address of a server.
     """
     home = Path(config.output_dir).resolve()
     described: list[dict[str, Any]] = []
@@ -72,7 +73,7 @@ def describe_inputs(config: StageConfig) -> list[dict[str, Any]]:
         if Path(path).exists():
             refuse_unfinished(key, Path(path))
             entry = {"sha256": hash_path(Path(path), without=home), "rows": count_rows(Path(path))}
-        elif is_hub_name(path):
+        elif is_hub_name(path) or is_address(path):
             entry = {"sha256": None, "rows": None}
         else:
             raise UserError(f"{key}={path}: no such file or folder. Run the stage that writes it, or set {key}.")
@@ -95,6 +96,11 @@ def is_hub_name(text: str) -> bool:
     """Whether a value that is not on disk looks like `owner/name` on a hub rather than a mistyped path."""
     is_path = text.startswith((".", "/", "~", "runs/")) or Path(text).suffix in _FILE_SUFFIXES
     return text.count("/") == 1 and not is_path
+
+
+def is_address(text: str) -> bool:
+    """Whether a value names a server rather than a path."""
+    return text.startswith(("http://", "https://"))
 
 
 def to_plain(config: Any) -> Any:

@@ -13,14 +13,24 @@ The schemas then stand in the system turn. JSON keeps other scripts as they are,
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import from_json
 
 from alignkit.core.records import Message, ToolCall, Tools
 
 Turns = list[dict[str, Any]]
 """Turns as a chat template takes them."""
+
+_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+
+
+class MalformedCallError(ValueError):
+    """A generated turn begins a tool call that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,45 @@ def fit(messages: Sequence[Message], tools: Tools, shown: Shown) -> tuple[list[M
 def call_text(call: ToolCall) -> str:
     """A call in the textual form."""
     return f"<tool_call>\n{to_json(call.function.model_dump())}\n</tool_call>"
+
+
+def read_calls(text: str) -> tuple[str, list[ToolCall]]:
+    """What a generated turn says, and the calls that it ends with: the inverse of `call_text`.
+
+    Calls stand in their tags (what Qwen and Hermes write, and the textual form), or are bare JSON and the whole turn
+    (what is left of a Mistral's or Llama's call, whose marks are special tokens). What follows a call is not read:
+    models that go on there make up the result. Raises `MalformedCallError` for tags around anything but a call.
+    """
+    bodies = _CALL.findall(text)
+    if bodies:
+        return text[: text.index("<tool_call>")].strip(), [call for body in bodies for call in _calls(body)]
+    if not text.lstrip().startswith(("{", "[")):
+        return text, []
+    try:
+        return "", _calls(text)
+    except MalformedCallError:  # JSON may be the answer
+        return text, []
+
+
+def _calls(body: str) -> list[ToolCall]:
+    """The calls in a JSON object, or in a list of them. Llama calls the arguments parameters."""
+    try:
+        value = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise MalformedCallError("not JSON") from error
+    entries = value if isinstance(value, list) else [value]
+    arguments = [
+        entry.get("arguments", entry.get("parameters")) if isinstance(entry, dict) else None for entry in entries
+    ]
+    if not entries or None in arguments:
+        raise MalformedCallError("not a name and arguments")
+    try:
+        return [
+            ToolCall.model_validate({"function": {"name": entry.get("name"), "arguments": given}})
+            for entry, given in zip(entries, arguments, strict=True)
+        ]
+    except ValidationError as error:
+        raise MalformedCallError("not a name and arguments") from error
 
 
 def to_json(value: Any) -> str:

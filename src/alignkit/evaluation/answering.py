@@ -1,62 +1,201 @@
-"""Have several models answer the same held-out questions, and the teacher grade the answers."""
+"""Have several systems answer the same held-out questions, and the teacher grade the answers."""
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from alignkit.core.artifact import Artifact
 from alignkit.core.config import ModelConfig, SamplingConfig, TeacherConfig
+from alignkit.core.errors import UserError
 from alignkit.core.journal import Journal
-from alignkit.core.records import Completion, CompletionSet, Message, QAExample
+from alignkit.core.records import Message, QAExample, Tools
 from alignkit.data.chat import qa_prompt
+from alignkit.data.sources.qa_expert import RETRIEVE
+from alignkit.evaluation.answers import Answer, Missing, Outcomes, read_answers
+from alignkit.evaluation.contexts import Question
+from alignkit.evaluation.systems import ServersConfig, System, SystemKind, open_here, server_config
+from alignkit.retrieval.base import Retriever
+
+if TYPE_CHECKING:
+    from alignkit.generation.hf import HFGenerator
 
 LOG = logging.getLogger("alignkit")
 
-Answers = dict[str, dict[str, Completion]]
-"""Model name -> row id -> its answer."""
+Answers = dict[str, dict[str, Answer]]
+"""System name -> row id -> its answer. A row that a system has no answer to is not there."""
 
 
-def answer_with_models(
-    examples: Sequence[QAExample],
-    models: Mapping[str, str],
-    model: ModelConfig,
-    sampling: SamplingConfig,
-    seed: int,
-    artifact: Artifact,
-) -> Answers:
-    """One answer of each model to each question. `models` maps a name to an adapter folder, "" being the base itself.
+@dataclass(frozen=True)
+class Setup:
+    """What every system is asked with. `retriever` is there for a multi-hop search of `hops` steps."""
 
-    Finished answers are journalled for each model, so that an interrupted run goes on where it stopped; a model whose
-    journal is complete is not loaded at all.
+    model: ModelConfig
+    sampling: SamplingConfig
+    servers: ServersConfig
+    seed: int
+    retriever: Retriever | None = None
+    k: int = 1
+    hops: int = 1
+
+    @property
+    def tools(self) -> Tools | None:
+        """The functions that a prompt offers."""
+        return [RETRIEVE] if self.retriever is not None else None
+
+
+def fitting(
+    questions: Sequence[Question], systems: Sequence[System], setup: Setup, artifact: Artifact
+) -> list[Question]:
+    """The questions that the base can take, if it or an adapter of it is asked; the others are dropped, for all.
+
+    Raises `UserError` when none is left.
     """
-    questions = [CompletionSet(id=example.id, prompt=qa_prompt(example), completions=[]) for example in examples]
+    if not any(system.kind in (SystemKind.base, SystemKind.adapter) for system in systems):
+        return list(questions)
+    from alignkit.generation.questions import unfit
+    from alignkit.models.loading import load_tokenizer
+
+    tokenizer, kept, reasons = load_tokenizer(setup.model), list[Question](), set[str]()
+    for question in questions:
+        problem = unfit(tokenizer, question.prompt, setup.model, setup.sampling, setup.tools)
+        if problem is None:
+            kept.append(question)
+        else:
+            artifact.drop(question.example, *problem)
+            reasons.add(problem[0])
+    if not kept:
+        raise UserError(f"no question can be asked ({', '.join(sorted(reasons))}); dropped.jsonl has the lengths")
+    return kept
+
+
+def answer_with_systems(
+    questions: Sequence[Question], systems: Sequence[System], setup: Setup, artifact: Artifact
+) -> Answers:
+    """One answer of each system to each question; what has none goes to unanswered.jsonl with the reason.
+
+    What is finished is kept, so that an interrupted run goes on where it stopped, and a model that has finished is not
+    loaded again. Records in the artifact's metrics how many rows each system did not answer, by reason.
+    """
+    longest_first = sorted(questions, key=lambda question: -sum(len(turn.content) for turn in question.prompt))
     answers: Answers = {}
-    for name, adapter in models.items():
-        with Journal(artifact.work_folder / f"{name}.jsonl", artifact.fingerprint) as journal:
-            if any(question.id not in journal.done for question in questions):
-                _generate(name, adapter, questions, model, sampling, seed, journal)
-            answers[name] = {row.id: Completion.model_validate(journal.done[row.id][0]) for row in questions}
+    unanswered: list[dict[str, str]] = []
+    shared: Any = None
+    for system in systems:
+        if system.kind.runs_here:
+            shared = shared if system.kind is SystemKind.adapter else None
+            found, shared = _ask_model(system, longest_first, setup, artifact, shared)
+        elif system.kind is SystemKind.server:
+            found = _ask_server(system, longest_first, setup, artifact)
+        else:
+            found = _read_file(system, longest_first)
+        answers[system.name] = {id: outcome for id, outcome in found.items() if isinstance(outcome, Answer)}
+        missing = {each.id: outcome for each in questions if isinstance(outcome := found[each.id], Missing)}
+        unanswered += [{"id": id, "model": system.name, **asdict(outcome)} for id, outcome in missing.items()]
+        _report(system, len(questions), missing, artifact)
+    if unanswered:
+        artifact.write_rows("unanswered.jsonl", unanswered)
     return answers
 
 
-def _generate(
-    name: str,
-    adapter: str,
-    questions: Sequence[CompletionSet],
-    model: ModelConfig,
-    sampling: SamplingConfig,
-    seed: int,
-    journal: Journal,
-) -> None:
-    """Load one model and let it answer what the journal does not hold yet."""
-    from alignkit.generation.hf import HFGenerator, merge_adapter
-    from alignkit.generation.resumable import generate_all
-    from alignkit.models.loading import load_policy, load_tokenizer
+def _report(system: System, rows: int, missing: Mapping[str, Missing], artifact: Artifact) -> None:
+    """Say how many rows a system did not answer. Raises `UserError` when it answered none."""
+    if not missing:
+        return
+    reasons = dict(Counter(outcome.reason for outcome in missing.values()).most_common())
+    artifact.metrics.setdefault("unanswered", {})[system.name] = reasons
+    told = ", ".join(f"{reason} ({count})" for reason, count in reasons.items())
+    if len(missing) == rows:
+        detail = next(iter(missing.values())).detail
+        raise UserError(f"models.{system.name}: answered none of the {rows} questions: {told}. {detail}".rstrip(". "))
+    LOG.warning(
+        "%s has no answer to %d of %d questions, and is compared on the others: %s",
+        system.name, len(missing), rows, told,
+    )  # fmt: skip
 
-    policy = merge_adapter(load_policy(model, adapter or None))
-    generate_all(HFGenerator(policy, load_tokenizer(model), name), questions, sampling, seed, journal)
+
+# -- asking one system -------------------------------------------------------------------------------------------------
+
+
+def _ask_model(
+    system: System, questions: Sequence[Question], setup: Setup, artifact: Artifact, shared: Any
+) -> tuple[Outcomes, Any]:
+    """What a model on this machine answers, and what the adapter of the next system can join."""
+    journals = {part: artifact.work_folder / part / f"{system.name}.jsonl" for part in ("answers", "turns")}
+    with Journal(journals["answers"], artifact.fingerprint) as finished:
+        if any(question.id not in finished.done for question in questions):
+            generator = open_here(system, setup.model, shared)
+            shared = generator.shared
+            with Journal(journals["turns"], artifact.fingerprint) as journal:
+                for id, outcome in _generate(generator, questions, setup, journal).items():
+                    finished.add(id, asdict(outcome))
+        found = {question.id: finished.done[question.id] for question in questions}
+    return {id: Missing(**each) if "reason" in each else Answer(**each) for id, each in found.items()}, shared
+
+
+def _generate(generator: HFGenerator, questions: Sequence[Question], setup: Setup, journal: Journal) -> Outcomes:
+    """One turn to each question whose prompt the model can take, or a search."""
+    from alignkit.evaluation.multihop import search_and_answer
+    from alignkit.generation.questions import unfit
+    from alignkit.generation.resumable import generate_all
+
+    if setup.retriever is not None:
+        asked = (setup.k, setup.hops, setup.model, setup.sampling, setup.seed)
+        return search_and_answer(generator, questions, setup.retriever, *asked, journal)
+    outcomes: Outcomes = {}
+    for question in questions:
+        if problem := unfit(generator.tokenizer, question.prompt, setup.model, setup.sampling):
+            outcomes[question.id] = Missing(*problem)
+    fitting = [question for question in questions if question.id not in outcomes]
+    written = generate_all(generator, fitting, setup.sampling, setup.seed, journal)
+    for question in fitting:
+        (completion,) = written[question.id]
+        outcomes[question.id] = Answer(completion.text, completion.finished, question.contexts)
+    return outcomes
+
+
+def _ask_server(system: System, questions: Sequence[Question], setup: Setup, artifact: Artifact) -> Outcomes:
+    """What a server answers; an answer that it cut counts as it is, what it refused or never sent does not.
+
+    Its response store lies with the unfinished work: a server may have another model under the same name tomorrow.
+    """
+    from alignkit.generation.openai import OpenAIGenerator
+    from alignkit.teacher.client import open_teacher
+    from alignkit.teacher.wire import CUT
+
+    store = artifact.work_folder / "answers" / f"{system.name}.sqlite"
+    try:
+        teacher = open_teacher(server_config(system, setup.servers, store))
+        generator = OpenAIGenerator(teacher, system.name)
+        written = generator.generate([question.prompt for question in questions], setup.sampling, setup.seed)
+    except UserError as error:
+        raise UserError(f"models.{system.name}={system.source}#{system.served_as}: {error}") from error
+    artifact.metrics.setdefault("servers", {})[system.name] = asdict(teacher.usage)
+    outcomes: Outcomes = {}
+    for question, completions in zip(questions, written, strict=True):
+        if completions:
+            outcomes[question.id] = Answer(completions[0].text, contexts=question.contexts)
+    for position, failure in generator.failures:
+        question = questions[position]
+        if failure.reason == CUT and failure.text is not None:
+            outcomes[question.id] = Answer(failure.text, finished=False, contexts=question.contexts)
+        else:
+            outcomes[question.id] = Missing(str(failure.reason), failure.detail)
+    return outcomes
+
+
+def _read_file(system: System, questions: Sequence[Question]) -> Outcomes:
+    """The answers that a file has."""
+    outcomes, others = read_answers(f"models.{system.name}", system.source, [question.id for question in questions])
+    if others:
+        LOG.info("%s: %d of its answers are to rows that are not examined here", system.source, others)
+    return outcomes
+
+
+# -- grading -----------------------------------------------------------------------------------------------------------
 
 
 def grade(

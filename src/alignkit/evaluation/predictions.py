@@ -37,6 +37,8 @@ class ModelAnswer(BaseModel):
     scores: dict[str, float]
     contexts: list[str] = []
     """What the model was given to read, where that was not the row's own statement."""
+    queries: list[str] = []
+    """What the model searched for, where it searched for itself."""
 
 
 class Prediction(Row):
@@ -100,9 +102,11 @@ def score_answer(text: str, reference: str, *, finished: bool, judge: float | No
 def summarise(rows: Sequence[Prediction], model: str, seed: int = 0) -> dict[str, Any]:
     """A model's scores over all rows, each an `Estimate`; one that no row has is left out.
 
-    Means have a bootstrap interval over statements, since questions about the same one go together; so has exact match
-    where statements repeat. Where all are different it has Wilson's, as the share of finished answers always has.
+    Rows that it has no answer to do not count. Means have a bootstrap interval over statements, since questions about
+    the same one go together; so has exact match where statements repeat. Where all are different it has Wilson's, as
+    the share of finished answers always has.
     """
+    rows = [row for row in rows if model in row.answers]
     answers = [row.answers[model] for row in rows]
     clusters = [row.cluster for row in rows]
     summary: dict[str, Any] = {
@@ -127,7 +131,7 @@ def breakdown(rows: Sequence[Prediction], model: str, seed: int = 0) -> dict[str
     for tag in TAGS:
         matches: dict[str, list[tuple[float, str]]] = {}
         for row in rows:
-            if (value := getattr(row, tag)) is not None:
+            if (value := getattr(row, tag)) is not None and model in row.answers:
                 matches.setdefault(str(value), []).append((row.answers[model].scores["exact_match"], row.cluster))
         if matches:
             table[tag] = {

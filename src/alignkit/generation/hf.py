@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from alignkit.core.config import ModelConfig, SamplingConfig
-from alignkit.core.records import Completion, Message
+from alignkit.core.records import Completion, Message, Tools
 from alignkit.data.chat import encode_prompt, end_of_turn_id
 from alignkit.generation.base import check_sampling
 
@@ -28,12 +28,15 @@ class HFGenerator:
     """Generates with a causal language model, with or without adapters, on whatever device it is.
 
     A completion ends with the end-of-turn token of the tokenizer's chat template. `adapter` names the one to generate
-    with, where the model has several.
+    with, where the model has several; `tools` are the functions that every prompt offers.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, label: str, adapter: str | None = None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, label: str, adapter: str | None = None, tools: Tools | None = None
+    ) -> None:
         self.model = model.eval()
         self.adapter = adapter
+        self.tools = tools
         self.tokenizer = tokenizer
         self.label = label
         self.end_id = end_of_turn_id(tokenizer)
@@ -52,7 +55,7 @@ class HFGenerator:
         if self.adapter is not None:
             self.model.set_adapter(self.adapter)
         draws = draw(len(prompts) * sampling.n, sampling, seed)
-        encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        encoded = [encode_prompt(self.tokenizer, prompt, self.tools) for prompt in prompts]
         by_length = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
         prompts_at_once = max(1, sampling.batch_size // sampling.n)
         written: dict[int, list[Completion]] = {}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.core.config import ModelConfig, RowsConfig, SamplingConfig
 from alignkit.core.errors import UserError
-from alignkit.core.records import CompletionSet, Dropped, QAExample
+from alignkit.core.records import CompletionSet, Dropped, Message, QAExample, Tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,25 +22,14 @@ def read_prompts(
     Dropped are prompts that the chat template or the tokenizer cannot take, and those that would leave a completion
     less than `max_new_tokens` of `model.max_length`. Raises `UserError` when none is left.
     """
-    from alignkit.data.chat import RefusedError, encode_prompt, special_token_in
     from alignkit.data.sources import read_questions
 
     questions, dropped = read_questions(rows)
     sets: list[CompletionSet] = []
     for question in questions:
         row = prompt_row(question)
-        try:
-            length = len(encode_prompt(tokenizer, row.prompt))
-        except RefusedError as error:
-            dropped.append(Dropped(reason=str(error), row=question.model_dump(exclude_none=True)))
-            continue
-        reason = ""
-        if special := special_token_in(tokenizer, row.prompt):
-            reason = f"the text holds the special token {special}"
-        elif length + sampling.max_new_tokens > model.max_length:
-            reason = "prompt and max_new_tokens exceed max_length"
-        if reason:
-            detail = f"{length} prompt tokens, max_new_tokens {sampling.max_new_tokens}, max_length {model.max_length}"
+        if problem := unfit(tokenizer, row.prompt, model, sampling):
+            reason, detail = problem
             dropped.append(Dropped(reason=reason, row=question.model_dump(exclude_none=True), detail=detail))
             continue
         sets.append(row)
@@ -48,6 +37,28 @@ def read_prompts(
         reasons = ", ".join(sorted({each.reason for each in dropped}))
         raise UserError(f"{rows.path}: no question can be sampled for ({reasons})")
     return sets, dropped
+
+
+def unfit(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[Message],
+    model: ModelConfig,
+    sampling: SamplingConfig,
+    tools: Tools | None = None,
+) -> tuple[str, str] | None:
+    """Why a prompt cannot be answered, in words to count by, and the particulars; None when it can."""
+    from alignkit.data.chat import RefusedError, encode_prompt, special_token_in
+
+    try:
+        length = len(encode_prompt(tokenizer, prompt, tools))
+    except RefusedError as error:
+        return str(error), ""
+    detail = f"{length} prompt tokens, max_new_tokens {sampling.max_new_tokens}, max_length {model.max_length}"
+    if special := special_token_in(tokenizer, prompt, tools):
+        return f"the text holds the special token {special}", detail
+    if length + sampling.max_new_tokens > model.max_length:
+        return "prompt and max_new_tokens exceed max_length", detail
+    return None
 
 
 def prompt_row(question: QAExample) -> CompletionSet:

@@ -22,8 +22,11 @@ BATCHES_PER_CHUNK = 4
 class Prompted(Protocol):
     """A row to generate for: anything with an `id` and a `prompt`, such as a `CompletionSet`."""
 
-    id: str
-    prompt: list[Message]
+    @property
+    def id(self) -> str: ...  # noqa: D102
+
+    @property
+    def prompt(self) -> list[Message]: ...  # noqa: D102
 
 
 def generate_all(

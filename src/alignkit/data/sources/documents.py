@@ -46,14 +46,15 @@ class _Fields(BaseModel):
     answer: str
     parents: list[str] = []
     source: str = ""
+    document: str | None = None
 
 
 def read_question(raw: RawRow) -> QAExample | Dropped:
-    """The context as the statement. The row's system message is left to whoever trains on it."""
+    """The context as the statement, with the document's name. The system message is left to whoever trains on it."""
     row = raw.record(_Fields)
     if not row.question.strip():
         return raw.drop("no question")
-    return QAExample(
+    example = QAExample(
         id=raw.id,
         parents=row.parents,
         instruction=row.context,
@@ -61,6 +62,7 @@ def read_question(raw: RawRow) -> QAExample | Dropped:
         output=row.answer,
         source=row.source,
     )
+    return example if row.document is None else example.model_copy(update={"document": row.document})
 
 
 def read_page(raw: RawRow) -> TextExample | Dropped:
