@@ -112,6 +112,26 @@ def test_without_a_judge_nothing_is_graded(home: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "store.sqlite").exists()
 
 
+def test_the_judge_chooses_between_answers_and_is_compared_with_people(home: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "labels.jsonl"
+    rows = [{"id": "t0", "system": "sft", "grade": 1}, {"id": "t1", "systems": ["sft", "base"], "better": "tie"}]
+    labels.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    more = ("pairwise=true", f"human_labels={labels}", "data.limit=4", "cluster_by=level")
+    artifact = evaluate(home, tmp_path, *more)
+    pairs = [json.loads(line) for line in (artifact.folder / "preferences.jsonl").read_text().splitlines()]
+    assert [(pair["id"], pair["new"]) for pair in pairs] == [(f"t{n}", new) for new in ("sft", "dpo") for n in range(4)]
+    comparison = artifact.metrics["comparisons"][0]
+    assert comparison["preference"]["win_rate"]["n"] == 4
+    assert comparison["clusters"] <= 2 and "only" in comparison["warnings"][-1]
+    asked = artifact.metrics["pairwise"]["usage"]["requests"]
+    assert asked == 2 * (8 - artifact.metrics["pairwise"]["equal_answers"]) < artifact.metrics["usage"]["requests"]
+    assert artifact.metrics["human_agreement"]["grades"]["same"]["n"] == 1
+    assert artifact.metrics["human_agreement"]["preferences"]["same"]["n"] == 1
+    assert evaluate(home, tmp_path, *more).up_to_date
+    with pytest.raises(UserError, match="human_labels: people are compared with the judge"):
+        evaluate(home, tmp_path, "judge=false", f"human_labels={labels}")
+
+
 def test_resumes_to_the_same_predictions(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = predictions(evaluate(home, tmp_path / "whole", "judge=false"))
     calls: list[str] = []
@@ -161,6 +181,8 @@ def test_a_model_trained_on_a_held_out_question_stops_it(home: Path, tmp_path: P
     ("more", "message"),
     [
         (["sampling.n=2"], "sampling.n=2: evaluate takes one answer"),
+        (["cluster_by=machine"], "cluster_by=machine: the row t0 has no such field"),
+        (["human_labels=gone.jsonl"], "gone.jsonl: no such file"),
         (['comparisons=["dpo>sff"]'], "'dpo>sff' must be 'new>old' with two of the models base, sft, dpo"),
         (["comparisons=[dpo]"], "'dpo' must be 'new>old'"),
         (["models={gone: runs/nowhere/adapter}"], "models.gone=runs/nowhere/adapter: no such file or folder"),

@@ -14,7 +14,7 @@ from alignkit.evaluation.leakage import find_leakage
 from alignkit.evaluation.metrics.content import verdict_is_right
 from alignkit.evaluation.metrics.overlap import exact_match, token_f1
 from alignkit.evaluation.predictions import Prediction, breakdown, compare, score_answer, summarise
-from alignkit.evaluation.statistics import balanced_accuracy, bootstrap_mean, mcnemar_p, wilson
+from alignkit.evaluation.statistics import balanced_accuracy, bootstrap_mean, proportion, wilson
 
 # -- one answer ------------------------------------------------------------------------------------------------------
 
@@ -96,6 +96,15 @@ def test_bootstrap_is_seeded_and_draws_groups_whole() -> None:
         bootstrap_mean([])
 
 
+def test_a_proportion_without_variation_is_as_uncertain_as_its_clusters() -> None:
+    """Forty right answers about four statements prove what four right answers do: no resample differs from another."""
+    groups = [f"s{i % 4}" for i in range(40)]
+    found = proportion([1.0] * 40, groups)
+    assert (found["mean"], found["n"]) == (1, 40)
+    assert (found["low"], found["high"]) == (wilson(4, 4)["low"], 1)
+    assert proportion([0.0] * 40, groups)["high"] == wilson(0, 4)["high"]
+
+
 def test_balanced_accuracy_sees_through_always_yes() -> None:
     """Always "yes" on 90 true yes and 10 true no is right 90 times in 100 and balanced 0.5."""
     assert balanced_accuracy([1.0] * 90, [0.0] * 10)["mean"] == 0.5
@@ -103,24 +112,6 @@ def test_balanced_accuracy_sees_through_always_yes() -> None:
     assert estimate["mean"] == pytest.approx((0.75 + 0.5) / 2)
     assert estimate["n"] == 6
     assert estimate["low"] < 0.5 < 0.7 < estimate["high"]
-
-
-@pytest.mark.parametrize(
-    ("gained", "lost", "p"),
-    [
-        (5, 1, 2 * (1 + 6) / 64),  # P(X <= 1) of six fair coins, twice
-        (1, 5, 2 * (1 + 6) / 64),
-        (10, 0, 2 / 1024),
-        (3, 3, 1),
-        (0, 0, 1),
-    ],
-)
-def test_mcnemar_by_hand(gained: int, lost: int, p: float) -> None:
-    assert mcnemar_p(gained, lost) == pytest.approx(p)
-
-
-def test_mcnemar_of_many_rows_does_not_overflow() -> None:
-    assert 0 < mcnemar_p(2100, 1900) < 0.002
 
 
 # -- many answers ----------------------------------------------------------------------------------------------------
@@ -193,7 +184,7 @@ def test_rows_without_an_answer_do_not_count() -> None:
 def test_comparison_is_paired() -> None:
     comparison = compare(ROWS, "new", "old")
     assert (comparison["gained"], comparison["lost"]) == (2, 1)
-    assert comparison["mcnemar_p"] == 1
+    assert comparison["exact_match"]["p"] == 1
     assert comparison["exact_match"]["mean"] == pytest.approx(1 / 4)
     assert (comparison["judge"]["mean"], comparison["judge"]["n"]) == (5, 3)
     swapped = compare(ROWS, "old", "new")
@@ -203,7 +194,10 @@ def test_comparison_is_paired() -> None:
 
 def test_a_model_against_itself_has_gained_exactly_nothing() -> None:
     comparison = compare(ROWS, "old", "old")
-    assert comparison["exact_match"] == {"mean": 0, "low": 0, "high": 0, "n": 4}
+    found = comparison["exact_match"]
+    assert (found["mean"], found["low"], found["high"], found["n"], found["p"]) == (0, 0, 0, 4, 1)
+    assert "mde" not in found  # of questions that do not differ nothing follows about how small a difference they show
+    assert found["win_rate"]["ties"] == 4
 
 
 def test_predictions_survive_their_file() -> None:

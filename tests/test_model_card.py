@@ -42,7 +42,20 @@ def write_evaluation(folder: Path, adapter: Path, sha256: str | None = None, **c
         {"key": "data.path", "path": "sets/test.jsonl", "sha256": "1", "rows": 800},
         {"key": "models.dpo", "path": str(adapter), "sha256": sha256 or hash_path(adapter), "rows": None},
     ]
-    metrics = {"models": {"dpo": {"exact_match": estimate, "words": estimate}, "base": {"exact_match": estimate}}}
+    gain = {
+        "mean": 0.05,
+        "low": 0.03,
+        "high": 0.071,
+        "n": 800,
+        "clusters": 534,
+        "p": 0.001,
+        "p_holm": 0.003,
+        "mde": 0.029,
+    }
+    metrics = {
+        "models": {"dpo": {"exact_match": estimate, "words": estimate}, "base": {"exact_match": estimate}},
+        "comparisons": [{"new": "dpo", "old": "sft", "exact_match": gain, "gained": 90, "lost": 50}],
+    }
     write_run(folder, "evaluate", inputs=inputs, metrics=metrics, **changes)
 
 
@@ -73,6 +86,7 @@ def test_the_metadata_says_base_licence_data_and_scores(adapter: Path) -> None:
     assert data.tags == ["alignkit", "lora", "dpo", "sft"]
     (result,) = data.eval_results or []
     assert (result.metric_type, result.metric_value, result.dataset_name) == ("exact_match", 0.806, "test.jsonl")
+    assert result.metric_name == "exact match, 95 % interval 0.777 to 0.832"
 
 
 def test_the_text_tells_how_it_was_made_and_measured(adapter: Path) -> None:
@@ -82,6 +96,10 @@ def test_the_text_tells_how_it_was_made_and_measured(adapter: Path) -> None:
     assert "- lora.rank: `16`" in text and "- seed: `3`" in text
     assert "`0.806 [0.777, 0.832]` | `800` | `test.jsonl` | `evaluate`" in text
     assert "| `merge_drift` | `pass` | `mean KL 1e-9` |" in text
+    row = "| `exact_match` | `sft` | `+0.050 [+0.030, +0.071]` | `0.003` | `0.029` | `800 / 534` | `evaluate` |"
+    assert row in text
+    assert "`apache-2.0`, as given at export" in text
+    assert "the licence of the base, `Qwen/Qwen2.5-7B-Instruct`, and those of the data do: `Anthropic/hh-rlhf`" in text
     assert "2048 tokens" in text
     assert "closed world" not in text
 

@@ -225,7 +225,9 @@ def test_a_round_helped_when_the_interval_of_its_gain_is_above_zero(tmp_path: Pa
     assert results[1].gain["mean"] == 0.5
     assert results[1].gain["low"] == pytest.approx(0.5 - 0.155, abs=0.03)
     assert results[2].gain["low"] == 0
-    assert results[3].gain == {"mean": 0, "low": 0, "high": 0, "n": 40}
+    last = results[3].gain
+    assert last is not None
+    assert (last["mean"], last["low"], last["high"], last["n"]) == (0, 0, 0, 40)
     assert [each.helped for each in results] == [None, True, False, False]
     assert in_words(results[1], Score.exact_match).startswith("round1 has exact match 75.0, +50.0 [+3")
     assert decision.kept == "round1"
@@ -268,7 +270,9 @@ def test_gains_are_paired_by_question_and_resampled_by_statement(tmp_path: Path)
 def test_grades_decide_where_the_evaluations_have_them(tmp_path: Path) -> None:
     graded = [write_predictions(tmp_path / f"{n}.jsonl", answers(f"m{n}", 0, judge=4.0 + n)) for n in range(2)]
     _, after = compare_policies(read_answers(graded), ["m0", "m1"], Score.judge, seed=1)
-    assert (after.score["mean"], after.gain, after.helped) == (5, {"mean": 1, "low": 1, "high": 1, "n": 40}, True)
+    assert after.gain is not None
+    assert (after.gain["mean"], after.gain["low"], after.gain["high"], after.gain["n"]) == (1, 1, 1, 40)
+    assert (after.score["mean"], after.helped) == (5, True)
     assert in_words(after, Score.judge) == "m1 has judge 5.00, +1.00 [+1.00, +1.00] over m0: it helped"
     with pytest.raises(UserError, match="score=judge: the evaluation of round0 has none; it needs judge=true"):
         compare_policies(answers("round0", 3), ["round0"], Score.judge, seed=1)

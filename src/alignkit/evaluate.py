@@ -5,13 +5,15 @@ answers: what stands at its path says which. All answer the same questions, gree
 exact match, word F1, the accuracy of yes/no verdicts (balanced: the mean over true yes and true no), the answer's
 length, those of `metrics`, and the teacher's grade from 0 to 10. Rows with different values of the fields `form`,
 `level`, `kind`, `source` or `held_out_name` are also counted by these. Differences are paired: the same questions,
-before and after; a row that one of two systems did not answer counts for neither. A held-out question that a model was
-trained on stops it.
+before and after; a row that one of two systems did not answer counts for neither. Intervals and p-values go by
+document, since questions about one are correlated, and it is said how small a difference so many questions can show. A
+held-out question that a model was trained on stops it.
 
 Reads:   data.path                 held-out question-answer rows
          models                    systems by name, in the order of training; "" is the base
          passages.documents        what distractors are drawn from, or searched (none: the rows' statements)
 Writes:  predictions.jsonl         for each question what every system answered and read, and the scores
+         preferences.jsonl         with pairwise=true: what the teacher said of each pair of answers, in both orders
          unanswered.jsonl          which system did not answer which row, and why (where there are any)
          lm_eval/, promptfoo/      the questions for other harnesses (with export)
          manifest.json             metrics.models: scores by system; metrics.comparisons: differences
@@ -24,6 +26,9 @@ Overrides people use:
   judge=false                        without the teacher's grades
   metrics=[rouge_l,chrf,reward]      which scores (reward: measuring.reward=runs/demo/reward)
   export=[lm_eval,promptfoo]         write the questions for these harnesses, too
+  pairwise=true                      ask the teacher which of two answers is better, too, in both orders
+  human_labels=labels.jsonl          how far the teacher agrees with people's grades or preferences
+  cluster_by=machine                 field that correlated questions share (default: document, or else the statement)
   data.limit=100                     the first 100 questions only
   sampling.max_new_tokens=512        longer answers
 
@@ -35,6 +40,7 @@ Examples:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -52,11 +58,15 @@ from alignkit.evaluation.systems import ServersConfig
 
 if TYPE_CHECKING:
     from alignkit.core.records import QAExample
+    from alignkit.evaluation.agreement import HumanLabel
     from alignkit.evaluation.answering import Answers, Setup
     from alignkit.evaluation.answers import Answer
     from alignkit.evaluation.contexts import Question
     from alignkit.evaluation.predictions import ModelAnswer, Prediction
     from alignkit.evaluation.systems import System
+
+
+LOG = logging.getLogger("alignkit")
 
 
 @dataclass
@@ -69,6 +79,7 @@ class EvaluateConfig(StageConfig):
         "passages.documents",
         "measuring.embedding",
         "measuring.reward",
+        "human_labels",
         "model.path",
     )
     incidental: ClassVar[tuple[str, ...]] = (
@@ -99,6 +110,12 @@ class EvaluateConfig(StageConfig):
     measuring: MeasuringConfig = field(default_factory=MeasuringConfig)
     export: list[str] = field(default_factory=list)
     """Other harnesses to write the questions for: lm_eval, promptfoo."""
+    pairwise: bool = False
+    """Ask the teacher, too, which of the two answers of each comparison is better, in both orders."""
+    human_labels: Optional[str] = None
+    """A file with people's grades or preferences of the same answers: how far the judge agrees with them."""
+    cluster_by: str = "document"
+    """Field of the rows that correlated questions share; a row without a document has its statement for one."""
     model: ModelConfig = field(default_factory=ModelConfig)
     sampling: SamplingConfig = field(
         default_factory=lambda: SamplingConfig(n=1, temperature=[0.0, 0.0], top_p=[1.0, 1.0])
@@ -108,7 +125,9 @@ class EvaluateConfig(StageConfig):
 
 def run(config: EvaluateConfig) -> Artifact:
     """Let every system answer every held-out question, grade the answers, and estimate scores and differences."""
+    from alignkit.evaluation.agreement import read_labels
     from alignkit.evaluation.answering import answer_with_systems, grade
+    from alignkit.evaluation.comparison import document_of
     from alignkit.evaluation.harnesses import check_harnesses, export_questions
     from alignkit.evaluation.metrics.catalogue import check_metrics
     from alignkit.evaluation.metrics.measure import score_rows
@@ -120,21 +139,26 @@ def run(config: EvaluateConfig) -> Artifact:
     systems = identify({name: source for name, source in config.models.items() if source is not None})
     comparisons = read_comparisons([system.name for system in systems], config.comparisons)
     check_config(config, systems)
+    labels = read_labels(config.human_labels, [system.name for system in systems]) if config.human_labels else []
     with Artifact.open("evaluate", config) as artifact:
         if artifact.up_to_date:
             return artifact
         examples = read_held_out(config, artifact)
+        documents = {example.id: document_of(example, config.cluster_by) for example in examples}
         check_leakage(examples, systems, config, artifact)
         questions, setup = pose_questions(config, examples, systems, artifact)
         answers = answer_with_systems(questions, systems, setup, artifact)
         examples = [question.example for question in questions]
         grades = grade(examples, answers, config.teacher, artifact) if config.judge else {}
-        rows = [predict(example, answers, grades) for example in examples]
+        rows = [predict(example, answers, grades, documents[example.id]) for example in examples]
         policies = {each.name: partial(open_policy, each, config.model) for each in systems if each.kind.runs_here}
         score_rows(rows, config.metrics, config.measuring, config.model, policies, artifact)
+        if config.judge or config.pairwise:
+            rows = ask_judge(rows, comparisons, systems, labels, config, artifact)
         artifact.write_rows("predictions.jsonl", rows)
         artifact.metrics["models"] = {name: summarise(rows, name, config.seed) for name in answers}
         artifact.metrics["comparisons"] = [compare(rows, new, old, config.seed) for new, old in comparisons]
+        log_comparisons(artifact.metrics["comparisons"])
         artifact.metrics |= describe_reading(config, questions, answers, rows, systems)
         export_questions(examples, config.export, config.sampling.max_new_tokens, artifact)
         if config.judge:
@@ -152,6 +176,8 @@ def check_config(config: EvaluateConfig, systems: Sequence[System]) -> None:
     if config.sampling.n != 1:
         raise UserError(f"sampling.n={config.sampling.n}: evaluate takes one answer from each model; set sampling.n=1")
     check_sampling(config.sampling)
+    if config.human_labels and not (config.judge or config.pairwise):
+        raise UserError("human_labels: people are compared with the judge; set judge=true or pairwise=true")
     config.passages.check()
     check_servers(systems, config.servers)
     if config.contexts is ContextKind.clean and config.passages.documents != NONE:
@@ -232,7 +258,9 @@ def pose_questions(
     return questions, setup
 
 
-def predict(example: QAExample, answers: Answers, grades: Mapping[tuple[str, str], float | None]) -> Prediction:
+def predict(
+    example: QAExample, answers: Answers, grades: Mapping[tuple[str, str], float | None], document: str | None
+) -> Prediction:
     """All systems' answers to one question, scored."""
     from alignkit.evaluation.predictions import Prediction
 
@@ -243,7 +271,7 @@ def predict(example: QAExample, answers: Answers, grades: Mapping[tuple[str, str
         instruction=example.instruction,
         input=example.input,
         reference=example.output,
-        document=extra.get("document"),
+        document=document,
         source=example.source or None,
         kind=example.kind,
         form=extra.get("form"),
@@ -298,6 +326,37 @@ def open_policy(system: System, model: ModelConfig) -> tuple[Any, Any]:
 
     generator = open_here(system, model)
     return generator.model, generator.tokenizer
+
+
+def ask_judge(
+    rows: list[Prediction],
+    comparisons: Sequence[tuple[str, str]],
+    systems: Sequence[System],
+    labels: Sequence[HumanLabel],
+    config: EvaluateConfig,
+    artifact: Artifact,
+) -> list[Prediction]:
+    """The rows with the judge's preferences, where they are wanted; and whether the judge can be relied on."""
+    from alignkit.evaluation.agreement import agreement
+    from alignkit.evaluation.preferences import add_preferences, warn_of_self_preference
+    from alignkit.evaluation.systems import adapter_behind
+
+    adapters = {system.name: str(adapter) for system in systems if (adapter := adapter_behind(system))}
+    warn_of_self_preference(config.teacher, adapters, config.data.path, artifact)
+    if config.pairwise:
+        rows = add_preferences(rows, comparisons, config.teacher, artifact)
+    if labels:
+        artifact.metrics["human_agreement"] = agreement(rows, labels, config.seed)
+    return rows
+
+
+def log_comparisons(comparisons: Sequence[Mapping[str, Any]]) -> None:
+    """Say what each comparison shows, and what so few questions cannot show."""
+    for comparison in comparisons:
+        for line in comparison["in_words"]:
+            LOG.info("%s", line)
+        for line in comparison["warnings"]:
+            LOG.warning("%s", line)
 
 
 def headline(models: Mapping[str, dict[str, Any]]) -> str:

@@ -52,9 +52,6 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("alignkit")
 
-WRITERS = ("expand", "sample")
-"""Stages in which a teacher writes, rather than grades."""
-
 
 class JudgeMode(Enum):
     """How completions are graded: each on its own, or each against the others of its prompt."""
@@ -217,13 +214,13 @@ def record(
     """
     from alignkit.reporting.yields import what_it_took
     from alignkit.scoring.judge import NOTHING_TO_COMPARE
-    from alignkit.teacher.client import Usage
+    from alignkit.teacher.client import Usage, sum_usage
 
     scores = [completion.score for row in scored for completion in row.completions if completion.score is not None]
     failures = Counter(str(reason).partition(": ")[0] for reason in scorer.reasons if reason is not None)
     alone = failures.pop(NOTHING_TO_COMPARE, 0)
     total, failed = len(scorer.reasons) - alone, failures.total()
-    usage = total_usage(scorer)
+    usage = sum_usage([asdict(judge.usage) for judge in scorer.judges])
     for name, value in what_it_took(Usage(**usage), config.teacher.prices):
         LOG.info("%-7s %s", name, value)
     spreads = [each.spread for each in scorer.grades if each.spread is not None]
@@ -253,18 +250,12 @@ def record(
         raise UserError(f"judge: no completion has a grade; {artifact.folder / 'dropped.jsonl'} has the reasons")
 
 
-def total_usage(scorer: JudgeScorer) -> dict[str, Any]:
-    """The usage of all judges; unknown where that of one is."""
-    parts = [asdict(judge.usage) for judge in scorer.judges]
-    return {
-        key: None if any(part[key] is None for part in parts) else sum(part[key] for part in parts) for key in parts[0]
-    }
-
-
 def warn_of_self_preference(
     rows: Sequence[CompletionSet], judges: Sequence[str], config: JudgeConfig, artifact: Artifact
 ) -> None:
-    """Count what a judge wrote itself, since judges favour their own writing (arXiv 2404.13076), and say so."""
+    """Count what a judge wrote itself, since judges favour their own writing, and say so."""
+    from alignkit.scoring.self_preference import short_name, teachers_behind
+
     written = Counter(short_name(completion.model) for row in rows for completion in row.completions)
     wrote_data = {short_name(teacher) for teacher in teachers_behind(Path(config.data.path))}
     found: dict[str, Any] = {}
@@ -279,23 +270,6 @@ def warn_of_self_preference(
                 " and ".join(what),
             )
     artifact.metrics["self_preference"] = found
-
-
-def teachers_behind(path: Path) -> set[str]:
-    """The teachers that wrote what a file was made from, as far as there are manifests to tell."""
-    from alignkit.core.lineage import origin_of
-
-    origin = origin_of(path) if path.exists() else None
-    if origin is None:
-        return set()
-    wrote = origin.manifest["stage"] in WRITERS and "teacher" in origin.manifest["metrics"]
-    teachers = {str(origin.manifest["metrics"]["teacher"])} if wrote else set()
-    return teachers.union(*(teachers_behind(source) for _, source in origin.inputs()))
-
-
-def short_name(model: str) -> str:
-    """A model's name without its owner, in lower case: servers and hubs name the same model differently."""
-    return model.rpartition("/")[2].lower()
 
 
 if __name__ == "__main__":

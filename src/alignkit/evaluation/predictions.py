@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from alignkit.core.errors import UserError
 from alignkit.core.records import Row
 from alignkit.data.words import words
+from alignkit.evaluation.comparison import Paired, compare_paired, in_words
 from alignkit.evaluation.metrics.catalogue import METRICS, SHARE
 from alignkit.evaluation.metrics.content import refused, verdict_is_right
 from alignkit.evaluation.metrics.corpus import CorpusScore, corpus_bleu, corpus_chrf
@@ -19,9 +20,7 @@ from alignkit.evaluation.metrics.overlap import exact_match, token_f1
 from alignkit.evaluation.statistics import (
     Estimate,
     balanced_accuracy,
-    bootstrap_mean,
     bootstrap_means,
-    mcnemar_p,
     proportion,
     wilson,
 )
@@ -32,6 +31,9 @@ TAGS = ("form", "level", "kind", "source", "held_out_name")
 
 SCORES = ("exact_match", "token_f1", "judge")
 """Scores of an answer that models are compared by; higher is better."""
+
+PREFERENCE = "preference"
+"""What comparisons call the judge's choice between two answers: 0.5 where the new one won, 0 a tie, -0.5 lost."""
 
 
 class ModelAnswer(BaseModel):
@@ -69,6 +71,8 @@ class Prediction(Row):
     keywords: list[str] = Field(default_factory=list)
     """What an answer should hold."""
     answers: dict[str, ModelAnswer]
+    preferences: dict[str, float] = Field(default_factory=dict)
+    """"new>old" -> what the judge says of the two answers: 1 new is better, 0.5 a tie, 0 old is; absent: not known."""
 
     @property
     def cluster(self) -> str:
@@ -84,6 +88,14 @@ class Prediction(Row):
         """One score of one model's answer; None when the model did not answer or the score could not be taken."""
         answer = self.answers.get(model)
         return None if answer is None else answer.scores.get(name)
+
+    def gain(self, new: str, old: str, name: str) -> float | None:
+        """What `new` has over `old` here in one score, or in the judge's preference; None where it is not known."""
+        if name == PREFERENCE:
+            won, lost = self.preferences.get(f"{new}>{old}"), self.preferences.get(f"{old}>{new}")
+            return won - 0.5 if won is not None else 0.5 - lost if lost is not None else None
+        after, before = self.score(new, name), self.score(old, name)
+        return None if after is None or before is None else after - before
 
 
 def read_predictions(path: Path) -> list[Prediction]:
@@ -179,27 +191,37 @@ def _corpus_scores(rows: Sequence[Prediction], model: str) -> dict[str, CorpusSc
 
 
 def compare(rows: Sequence[Prediction], new: str, old: str, seed: int = 0) -> dict[str, Any]:
-    """Score by score what `new` has over `old` on the same rows: mean difference with a paired bootstrap interval.
+    """Score by score what `new` has over `old` on the rows that both answered, each a `comparison.Difference`.
 
-    For exact match also how many rows were gained and lost, and McNemar's exact p. A row that one of the two has no
-    answer to, or no grade for, is left out of that comparison. `rows` may hold several seeds' predictions: rows with
-    one statement go together, so that asking the same questions again does not count as more evidence about other
-    questions.
+    A row that one of the two has no grade for is left out of that score alone. `preference` is the judge's, where it
+    was asked which of the two answers is better. For exact match also how many rows were gained and lost. `rows` may
+    hold several seeds' predictions: rows about one document go together, so that asking the same questions again does
+    not count as more evidence about other questions.
     """
-    rows = [row for row in rows if new in row.answers and old in row.answers]
-    comparison: dict[str, Any] = {"new": new, "old": old}
-    for score in SCORES:
-        pairs = [(row.score(new, score), row.score(old, score), row.cluster) for row in rows]
-        known = [
-            (after - before, cluster) for after, before, cluster in pairs if after is not None and before is not None
-        ]
+    both = [row for row in rows if new in row.answers and old in row.answers]
+    scores = {}
+    for score in (*SCORES, PREFERENCE):
+        found = [(row.gain(new, old, score), row.cluster) for row in both]
+        known = [(gain, cluster) for gain, cluster in found if gain is not None]
         if known:
-            differences, groups = zip(*known, strict=True)
-            comparison[score] = bootstrap_mean(differences, groups, seed)
-    changes = [row.answers[new].scores["exact_match"] - row.answers[old].scores["exact_match"] for row in rows]
-    comparison["gained"], comparison["lost"] = changes.count(1), changes.count(-1)
-    comparison["mcnemar_p"] = mcnemar_p(comparison["gained"], comparison["lost"])
-    return comparison
+            scores[score] = Paired([gain for gain, _ in known], [cluster for _, cluster in known])
+    differences = compare_paired(scores, seed)
+    left_out = sum((new in row.answers) != (old in row.answers) for row in rows)
+    of = "documents" if all(row.document is not None for row in both) else "statements"
+    shown, warnings = in_words(f"{new} over {old}", differences, of, left_out)
+    changes = [row.gain(new, old, "exact_match") for row in both]
+    return {
+        "new": new,
+        "old": old,
+        **differences,
+        "gained": changes.count(1),
+        "lost": changes.count(-1),
+        "questions": len(both),
+        "clusters": len({row.cluster for row in both}),
+        "left_out": left_out,
+        "in_words": shown,
+        "warnings": warnings,
+    }
 
 
 def _right_verdicts(rows: Sequence[Prediction], model: str, wanted: str) -> list[float]:

@@ -1,4 +1,4 @@
-"""Estimates with 95 % intervals, and tests of paired differences: pure functions of scores."""
+"""Estimates with 95 % intervals: pure functions of scores. `comparison` tests differences."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ class Estimate(TypedDict):
     n: int
 
 
-def wilson(successes: int, n: int) -> Estimate:
+def wilson(successes: float, n: int) -> Estimate:
     """A proportion with its score interval (Wilson, 1927), z = 1.96 and p = successes / n:
 
     (p + z^2/2n -+ z sqrt(p(1 - p)/n + z^2/4n^2)) / (1 + z^2/n). Unlike p -+ z sqrt(p(1 - p)/n) it covers the truth at
-    the promised rate near 0 and 1, and never leaves [0, 1]. Raises `ValueError` for n = 0.
+    the promised rate near 0 and 1, and never leaves [0, 1]. Successes may be halves, as ties are in a win rate: these
+    vary less than the formula takes them to, so that the interval is rather too wide. Raises `ValueError` for n = 0.
     """
     if not 0 <= successes <= n or n == 0:
         raise ValueError(f"{successes} successes of {n}: no proportion")
@@ -65,11 +66,22 @@ def proportion(outcomes: Sequence[float], groups: Sequence[str], seed: int = 0) 
     """The share of rows with the outcome 1 rather than 0, with its 95 % interval.
 
     With one row a group that is Wilson's. Rows of the same group go together, so where there are any whole groups are
-    resampled; so they are where outcomes between 0 and 1 make it no count.
+    resampled; so they are where outcomes between 0 and 1 make it no count. All outcomes being equal no resample differs
+    from another, which proves nothing: then the groups are counted, by Wilson's formula.
     """
-    if len(set(groups)) < len(groups) or any(outcome not in (0, 1) for outcome in outcomes):
+    apart = len(set(groups))
+    if apart < len(groups) and len(set(outcomes)) == 1 and outcomes[0] in (0, 1):
+        return Estimate(**{**wilson(outcomes[0] * apart, apart), "n": len(outcomes)})
+    if apart < len(groups) or any(outcome not in (0, 1) for outcome in outcomes):
         return bootstrap_mean([float(outcome) for outcome in outcomes], groups, seed)
     return wilson(round(sum(outcomes)), len(outcomes))
+
+
+def number_groups(groups: Sequence[str]) -> npt.NDArray[np.intp]:
+    """For each row the place of its group among all groups in order. Not by `np.unique`: that would give every name,
+    which may be a whole document, the room of the longest."""
+    places = {group: place for place, group in enumerate(sorted(set(groups)))}
+    return np.asarray([places[group] for group in groups], dtype=np.intp)
 
 
 def balanced_accuracy(yes: Sequence[float], no: Sequence[float], seed: int = 0) -> Estimate:
@@ -80,16 +92,6 @@ def balanced_accuracy(yes: Sequence[float], no: Sequence[float], seed: int = 0) 
     return _interval((float(np.mean(yes)) + float(np.mean(no))) / 2, resampled, len(yes) + len(no))
 
 
-def mcnemar_p(gained: int, lost: int) -> float:
-    """Two-sided exact McNemar test (1947): how likely a split at least this uneven is, if gains and losses were even.
-
-    `gained` rows are right only after, `lost` only before: 2 P(X <= min(gained, lost)), X ~ Binomial(both, 1/2).
-    """
-    both = gained + lost
-    tail = sum(math.comb(both, k) for k in range(min(gained, lost) + 1))
-    return min(1.0, tail / (1 << both) * 2)
-
-
 def _resampled_means(scores: Floats, groups: Sequence[str] | None, seed: int) -> Floats:
     """Means [scores, 2,000] of `scores` [scores, rows] over resamples of whole groups (of single rows, without groups).
 
@@ -98,7 +100,7 @@ def _resampled_means(scores: Floats, groups: Sequence[str] | None, seed: int) ->
     rows = scores.shape[1]
     if not rows:
         raise ValueError("no values to take a mean of")
-    labels = np.arange(rows) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    labels = np.arange(rows) if groups is None else number_groups(groups)
     counts = np.bincount(labels).astype(np.float64)
     sums = np.stack([np.bincount(labels, weights=each) for each in scores], axis=1)
     generator = np.random.default_rng(seed)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,9 @@ def write_datasheet(
     sections = [
         ("What it is", _what_it_is(output, entry, recipe, len(rows))),
         ("How it was made", _how_it_was_made(artifact, recipe, teacher, yields)),
-        ("Sources", _sources(artifact.inputs)),
+        ("Sources", sources_table(artifact.inputs)),
         ("Yield", yields.markdown()),
-        ("Columns", _columns(rows)),
+        ("Columns", columns_table(row.model_dump(mode="json", exclude_none=True) for row in rows)),
         ("Limits", _limits(rows, teacher)),
         ("Licence", f"{LICENCE} Fill in, too, what the teacher's terms say about the use of its answers.\n"),
     ]
@@ -70,32 +70,35 @@ def _how_it_was_made(artifact: Artifact, recipe: str, teacher: TeacherConfig, yi
     return f"{who}\n\n    {one_line(artifact.command, 2000)}\n\n{lines}\n"
 
 
-def _sources(inputs: Sequence[dict[str, Any]]) -> str:
+def sources_table(inputs: Sequence[Mapping[str, Any]]) -> str:
+    """What a stage read, by the entries of its manifest."""
     if not inputs:
         return "None: nothing was read from a file.\n"
     rows = [
         (entry["key"], entry["path"], "" if entry["rows"] is None else f"{entry['rows']:,}", entry["sha256"] or "none")
         for entry in inputs
     ]
-    return _table(("key", "path", "rows", "sha256"), rows)
+    return markdown_table(("key", "path", "rows", "sha256"), rows)
 
 
-def _columns(rows: Sequence[Row]) -> str:
+def columns_table(rows: Iterable[Mapping[str, Any]]) -> str:
     """Every field, in how many rows it has a value, of which type, and one value."""
+    counted = 0
     filled: Counter[str] = Counter()
     types: dict[str, set[str]] = {}
     example: dict[str, str] = {}
     for row in rows:
-        for name, value in row.model_dump(mode="json", exclude_none=True).items():
+        counted += 1
+        for name, value in row.items():
             types.setdefault(name, set()).add(type(value).__name__)
-            if value not in ("", [], {}):
+            if value not in ("", [], {}, None):
                 filled[name] += 1
                 example.setdefault(name, one_line(as_text(value), EXAMPLE_CHARACTERS))
     described = [
-        (name, f"{filled[name]:,} of {len(rows):,}", " or ".join(sorted(types[name])), example.get(name, ""))
+        (name, f"{filled[name]:,} of {counted:,}", " or ".join(sorted(types[name])), example.get(name, ""))
         for name in types
     ]
-    return _table(("column", "filled", "type", "an example"), described)
+    return markdown_table(("column", "filled", "type", "an example"), described)
 
 
 def _limits(rows: Sequence[Row], teacher: TeacherConfig) -> str:
@@ -113,6 +116,7 @@ def _limits(rows: Sequence[Row], teacher: TeacherConfig) -> str:
     return "\n".join(f"- {line}" for line in lines) + "\n"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose cells show as text, whatever they hold."""
     lines = [header, ["---"] * len(header), *([code(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

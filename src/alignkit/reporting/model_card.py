@@ -9,17 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from alignkit.core.artifact import Artifact
 from alignkit.core.config import ModelConfig
 from alignkit.core.hashing import hash_path
 from alignkit.core.lineage import Origin, lineage, origin_of
 from alignkit.core.manifest import is_hub_name, read_manifest, versions
+from alignkit.reporting.datasheet import markdown_table
 from alignkit.reporting.plain import code, one_line
 
 if TYPE_CHECKING:
-    from huggingface_hub import ModelCardData
+    from huggingface_hub import CardData, ModelCardData, RepoCard
+
+AnyCard = TypeVar("AnyCard", bound="RepoCard")
 
 NAME = "README.md"
 SCORES = ("exact_match", "token_f1", "judge", "balanced_verdict_accuracy")
@@ -48,17 +51,52 @@ def write_model_card(artifact: Artifact, adapter: str, model: ModelConfig, licen
         "What it is": _what_it_is(artifact, adapter, model),
         "How to run it": _how_to_run(artifact, model),
         "How it was made": _how_it_was_made(artifact, adapter),
-        "What was measured": _measured(artifact, scores),
+        "What was measured": _measured(artifact, scores, list(find_gains(Path(adapter)))),
         "Limits": _limits(artifact, model),
+        "Licence": _licence(adapter, model, license),
     }
     body = "\n".join([f"# {name}\n", *(f"## {title}\n\n{text}" for title, text in sections.items())])
     metadata = _metadata(name, model, license, scores, adapter)
-    card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}")  # reads the metadata back, and refuses what is wrong
+    card = read_back(ModelCard, metadata, body)
     return artifact.write_text(NAME, str(card))
+
+
+def read_back(kind: type[AnyCard], metadata: CardData, body: str) -> AnyCard:
+    """A card of this metadata and text, made by huggingface_hub from what will be in the file.
+
+    Its own `validate` asks the Hub. What can be told here is told here: the metadata is read as strictly as the library
+    can, and must come back as it was. Raises `ValueError` where it does not.
+    """
+    card = kind(f"---\n{metadata.to_yaml()}\n---\n\n{body}")
+    if card.data.to_yaml() != metadata.to_yaml():
+        raise ValueError(f"the metadata of {NAME} does not survive its file: {metadata}")
+    return card
 
 
 def find_scores(adapter: Path) -> Iterator[Score]:
     """The scores of this very adapter (same hash) in the evaluations of its run."""
+    for name, run, data, metrics in _evaluations(adapter):
+        found = metrics["models"].get(name, {})
+        for score in (each for each in SCORES if each in found):
+            values = found[score]
+            mean, low, high = (float(values[part]) for part in ("mean", "low", "high"))
+            yield Score(score, mean, low, high, int(values["n"]), data, run)
+
+
+def find_gains(adapter: Path) -> Iterator[list[str]]:
+    """What this adapter has over others in the same evaluations: a row of the card's table for each score."""
+    for name, run, _, metrics in _evaluations(adapter):
+        for each in (each for each in metrics.get("comparisons", []) if each["new"] == name):
+            for score in (key for key, found in each.items() if isinstance(found, dict) and "p_holm" in found):
+                found = each[score]
+                gain = f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
+                least = f"{found['mde']:.3f}" if "mde" in found else ""
+                counts = f"{found['n']} / {found['clusters']}"
+                yield [score, each["old"], gain, f"{found['p_holm']:.2g}", least, counts, run]
+
+
+def _evaluations(adapter: Path) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """What the evaluations of its run call this very adapter, their folder, their data, and their metrics."""
     origin = origin_of(adapter)
     if origin is None:
         return
@@ -70,13 +108,8 @@ def find_scores(adapter: Path) -> Iterator[Score]:
         inputs = {entry["key"]: entry for entry in manifest["inputs"]}
         data = Path(inputs["data.path"]["path"]).name
         for key, entry in inputs.items():
-            found = manifest["metrics"]["models"].get(key.removeprefix("models."), {})
-            if not key.startswith("models.") or entry["sha256"] != sha256:
-                continue
-            for score in (name for name in SCORES if name in found):
-                values = found[score]
-                mean, low, high = (float(values[part]) for part in ("mean", "low", "high"))
-                yield Score(score, mean, low, high, int(values["n"]), data, folder.name)
+            if key.startswith("models.") and entry["sha256"] == sha256:
+                yield key.removeprefix("models."), folder.name, data, manifest["metrics"]
 
 
 def _metadata(name: str, model: ModelConfig, license: str, scores: Sequence[Score], adapter: str) -> ModelCardData:
@@ -88,6 +121,7 @@ def _metadata(name: str, model: ModelConfig, license: str, scores: Sequence[Scor
             dataset_type="custom",
             dataset_name=score.data,
             metric_type=score.name,
+            metric_name=f"{score.name.replace('_', ' ')}, 95 % interval {score.low:.3f} to {score.high:.3f}",
             metric_value=round(score.mean, 4),
         )
         for score in scores
@@ -153,25 +187,43 @@ def _how_to_run(artifact: Artifact, model: ModelConfig) -> str:
 
 
 def _how_it_was_made(artifact: Artifact, adapter: str) -> str:
-    parts = [_block(lineage(adapter))]
+    parts = [block(lineage(adapter))]
     for origin in _stages(adapter)[::-1]:
         settings = {"command": origin.manifest.get("command", ""), **_settings(origin)}
         rows = "\n".join(f"- {name}: {code(str(value))}" for name, value in settings.items())
         parts.append(f"{origin.manifest['stage']}:\n\n{rows}\n")
     used = ", ".join(f"{name} {version}" for name, version in versions().items() if version != "not installed")
-    return "\n".join([*parts, f"Exported with {used}, by:\n", _block([artifact.command])])
+    return "\n".join([*parts, f"Exported with {used}, by:\n", block([artifact.command])])
 
 
-def _measured(artifact: Artifact, scores: Sequence[Score]) -> str:
+def _measured(artifact: Artifact, scores: Sequence[Score], gains: Sequence[Sequence[str]]) -> str:
     text = "No evaluation of this adapter was found in its run.\n"
     if scores:
         rows = [
             [score.name, f"{score.mean:.3f} [{score.low:.3f}, {score.high:.3f}]", str(score.n), score.data, score.run]
             for score in scores
         ]
-        text = _table(["score", "mean [95 % interval]", "questions", "data", "run folder"], rows)
+        text = markdown_table(["score", "mean [95 % interval]", "questions", "data", "run folder"], rows)
+    if gains:
+        header = ["score", "over", "difference [95 % interval]", "p (Holm)", "detectable", "questions / documents"]
+        text += (
+            "\nDifferences are paired by question and tested by document; p is adjusted for all scores of a comparison."
+            " A true difference of what is called detectable would be found four times in five.\n\n"
+            + markdown_table([*header, "run folder"], gains)
+        )
     checks = [[check.name, "pass" if check.passed else "FAIL", check.detail] for check in artifact.checks]
-    return f"{text}\nOf the export itself:\n\n{_table(['check', 'result', 'detail'], checks)}"
+    return f"{text}\nOf the export itself:\n\n{markdown_table(['check', 'result', 'detail'], checks)}"
+
+
+def _licence(adapter: str, model: ModelConfig, license: str) -> str:
+    """What was said at export, and whose licences it depends on."""
+    data = [path for path in dict.fromkeys(_sources(adapter)) if not (Path(path).is_dir() or path == model.path)]
+    named = "; ".join(code(path, in_table=False) for path in data) or "not known"
+    return (
+        f"{code(license)}, as given at export; it was not checked. It cannot allow more than the licence of the base, "
+        f"{code(model.path, in_table=False)}, and those of the data do: {named}. Where a teacher wrote or graded data, "
+        "its terms count, too.\n"
+    )
 
 
 def _limits(artifact: Artifact, model: ModelConfig) -> str:
@@ -221,10 +273,6 @@ def _settings(origin: Origin) -> Mapping[str, Any]:
     return {**rows, "data": (config.get("data") or {}).get("path"), **shown}
 
 
-def _block(lines: Sequence[str]) -> str:
+def block(lines: Sequence[str]) -> str:
+    """Lines as a code block that keeps their indent: nothing in them is markup."""
     return "\n".join(f"    {' ' * (len(line) - len(line.lstrip()))}{one_line(line, 2000)}" for line in lines) + "\n"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *([code(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

@@ -14,7 +14,7 @@ from alignkit.core.manifest import MANIFEST, read_manifest
 SPINE = ("expand", "select", "sft", "sample", "judge", "reward", "rejection_sampling", "dpo", "evaluate")
 """Stages from the seeds to the examined model; the report says which of them a run lacks."""
 
-_WITHOUT_A_PLACE = ("report", "pipeline", "compare", "preflight", "lengths", "serve", "chat")
+_WITHOUT_A_PLACE = ("report", "pipeline", "compare", "preflight", "lengths", "serve", "chat", "dataset_card")
 """Stages that tell about the others and make nothing themselves."""
 
 

@@ -46,6 +46,33 @@ class Grades:
         return max(scores) - min(scores) if len(scores) > 1 else None
 
 
+@dataclass(frozen=True)
+class PairVerdict:
+    """What a judge says of two replies, shown in both orders: which place is better each time, or why that is missing.
+
+    An answer that holds no verdict makes the pair missing; it is neither a tie nor a loss.
+    """
+
+    forward: str | None = None
+    backward: str | None = None
+    missing: str | None = None
+
+    @property
+    def share(self) -> float | None:
+        """What the first reply has won; None where a verdict is missing."""
+        return None if self.forward is None or self.backward is None else share_won(self.forward, self.backward)
+
+    @property
+    def consistent(self) -> bool:
+        """Whether both orders say the same."""
+        return (self.forward, self.backward) in (("first", "second"), ("second", "first"), ("tie", "tie"))
+
+    @property
+    def swayed_to(self) -> str | None:
+        """The place that won in both orders, whatever stood there; None where none did."""
+        return self.forward if self.forward == self.backward != "tie" else None
+
+
 class JudgeScorer:
     """Scores by asking teachers; equal conversations of one call are asked once.
 
@@ -104,34 +131,22 @@ class JudgeScorer:
 
     def _compare(self, conversations: Sequence[list[Message]]) -> list[Grades]:
         """Each reply against every other to the same prompt; a grade is its share of one round of comparisons."""
-        pairs = [(*pair, sample) for pair in _pairs(conversations) for sample in range(self.samples)]
-        requests = [
-            compare_request(
-                conversations[one][:-1],
-                conversations[one][-1].content,
-                conversations[other][-1].content,
-                self.rubric,
-                sample=sample,
-                temperature=self.temperature,
-            )
-            for pair_one, pair_other, sample in pairs
-            for one, other in ((pair_one, pair_other), (pair_other, pair_one))
+        pairs = _pairs(conversations)
+        shown = [
+            (conversations[one][:-1], conversations[one][-1].content, conversations[other][-1].content)
+            for one, other in pairs
         ]
         found = [Grades() for _ in conversations]
-        self.compared = self.swayed = 0
-        for judge, answers in enumerate(self._ask(requests)):
+        for judge, verdicts in enumerate(self.compare(shown)):
             wins: dict[tuple[int, int], list[float]] = defaultdict(list)  # by sample and reply
-            for (one, other, sample), forward, backward in zip(pairs, answers[::2], answers[1::2], strict=True):
-                if not (forward.usable and backward.usable):
-                    failed = backward if forward.usable else forward
-                    for reply in (one, other):
-                        found[reply].missing.append(f"{failed.reason}: {failed.detail}")
-                    continue
-                won = share_won(forward.value.better, backward.value.better)
-                wins[sample, one].append(won)
-                wins[sample, other].append(1 - won)
-                self.compared += 1
-                self.swayed += forward.value.better == backward.value.better != "tie"
+            for (one, other), drawn in zip(pairs, verdicts, strict=True):
+                for sample, verdict in enumerate(drawn):
+                    if verdict.share is None:
+                        for reply in (one, other):
+                            found[reply].missing.append(str(verdict.missing))
+                        continue
+                    wins[sample, one].append(verdict.share)
+                    wins[sample, other].append(1 - verdict.share)
             for (_, reply), shares in wins.items():
                 found[reply].given.append(GivenGrade(judge, HIGHEST_SCORE * fmean(shares)))
         for grades in found:
@@ -139,9 +154,38 @@ class JudgeScorer:
                 grades.missing.append(f"{NOTHING_TO_COMPARE}: ")
         return found
 
+    def compare(self, pairs: Sequence[tuple[Sequence[Message], str, str]]) -> list[list[list[PairVerdict]]]:
+        """What every judge says of pairs (prompt, one reply, another), each shown in both orders.
+
+        By judge, pair and sample. `compared` and `swayed` count the pairs with two verdicts, and those of them in which
+        the same place won twice.
+        """
+        requests = [
+            compare_request(prompt, first, second, self.rubric, sample=sample, temperature=self.temperature)
+            for prompt, one, other in pairs
+            for sample in range(self.samples)
+            for first, second in ((one, other), (other, one))
+        ]
+        found = []
+        for answers in self._ask(requests):
+            flat = [read_verdicts(*both) for both in zip(answers[::2], answers[1::2], strict=True)]
+            found.append([flat[start : start + self.samples] for start in range(0, len(flat), self.samples)])
+        verdicts = [each for by_pair in found for drawn in by_pair for each in drawn]
+        self.compared = sum(each.share is not None for each in verdicts)
+        self.swayed = sum(each.swayed_to is not None for each in verdicts)
+        return found
+
     def _ask(self, requests: Sequence[Request]) -> list[list[Answer]]:
         """Every judge's answers, each judge asked for everything at once."""
         return [judge.ask(requests) if requests else [] for judge in self.judges]
+
+
+def read_verdicts(forward: Answer, backward: Answer) -> PairVerdict:
+    """The verdicts of a judge's answers about a pair in both orders."""
+    failed = next((answer for answer in (forward, backward) if not answer.usable), None)
+    if failed is not None:
+        return PairVerdict(missing=f"{failed.reason}: {failed.detail}")
+    return PairVerdict(forward.value.better, backward.value.better)
 
 
 def share_won(forward: str, backward: str) -> float:

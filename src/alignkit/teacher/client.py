@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -108,6 +108,13 @@ class Usage:
         """Add tokens where any were reported."""
         self.prompt_tokens += prompt_tokens or 0
         self.completion_tokens += completion_tokens or 0
+
+
+def sum_usage(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several usages, each as a mapping, together; a figure that one of them does not know is not known."""
+    return {
+        key: None if any(part[key] is None for part in parts) else sum(part[key] for part in parts) for key in parts[0]
+    }
 
 
 def open_teacher(config: TeacherConfig) -> Teacher:
