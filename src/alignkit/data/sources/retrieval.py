@@ -64,5 +64,7 @@ def _task(raw: RawRow, default: str | None) -> str:
     found: Any = raw.fields.get("task") or default
     if not isinstance(found, str):
         said = "missing" if found is None else f"must be a text, found {found!r}"
-        raise UserError(f"{raw.place}: task: {said}. Add it to the row, or name the task of all rows without one: task=qa")
+        raise UserError(
+            f"{raw.place}: task: {said}. Add it to the row, or name the task of all rows without one: task=qa"
+        )
     return found
