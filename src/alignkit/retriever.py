@@ -26,7 +26,7 @@ Overrides people use:
 
 Examples:
   python -m alignkit.retriever data.path=hotpotqa.jsonl task=qa
-  python -m alignkit.retriever +encoder=bge_base_en data.path=qa.jsonl also=[icl.jsonl,tool.jsonl] +retriever_recipe=multi_task
+  python -m alignkit.retriever +encoder=bge_base_en +retriever_recipe=multi_task data.path=qa.jsonl also=[tool.jsonl]
   torchrun --nproc_per_node 8 -m alignkit.retriever +encoder=bge_base_en data.path=qa.jsonl +retriever_recipe=nq
 """
 

@@ -1,4 +1,4 @@
-"""The encoder of a retriever: loaded or made from nothing, wholly trained or by an adapter, and saved as plain files."""
+"""The encoder of a retriever: loaded or made from nothing, trained wholly or by an adapter, saved as plain files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from alignkit.scoring.embedding import load_sentence_transformer
 
 
 def load_encoder(config: EncoderConfig, texts: Iterable[str], seed: int, *, cosine: bool = True) -> Any:
-    """A `SentenceTransformer`, float32, that compares by cosine or by dot product; a new one knows the words of `texts`.
+    """A `SentenceTransformer`, float32, which compares by cosine or dot product; a new one knows the words of `texts`.
 
     Raises `UserError` for an encoder that cannot be loaded.
     """
@@ -105,7 +105,7 @@ def prompts(tasks: Mapping[str, TaskConfig]) -> dict[str, str]:
 
     Where all tasks have the same, `query` and `document` as well, which `encode_query` and `encode_document` use.
     """
-    found = {}
+    found: dict[str, str] = {}
     for name, task in tasks.items():
         found |= {f"{name}_query": task.query_instruction, f"{name}_passage": task.passage_instruction}
     pairs = {(task.query_instruction, task.passage_instruction) for task in tasks.values()}
