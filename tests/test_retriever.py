@@ -68,8 +68,10 @@ def manifest(folder: Path, run: str) -> dict[str, Any]:
 
 
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Of any weight but the keys' biases: no embedding depends on them, so that Adam makes steps of what is rounding."""
     assert one.keys() == other.keys()
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
+    names = [name for name in one if not name.endswith("key.bias")]
+    return max(float((one[name] - other[name]).abs().max()) for name in names)
 
 
 @pytest.fixture(scope="module")
