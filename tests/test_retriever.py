@@ -53,7 +53,7 @@ def command(name: str, *more: str) -> list[str]:
 
 
 def weights(folder: Path, run: str) -> dict[str, torch.Tensor]:
-    return load_file(folder / "runs" / run / "retriever" / "encoder" / "model.safetensors")
+    return load_file(folder / "runs" / run / "retriever" / "model" / "model.safetensors")
 
 
 def losses(folder: Path, run: str) -> list[dict[str, float]]:
@@ -86,7 +86,7 @@ def whole(folder: Path) -> Path:
 def test_what_is_written_is_a_plain_folder_of_sentence_transformers(whole: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
-    encoder = SentenceTransformer(str(whole / "runs" / "whole" / "retriever" / "encoder"), trust_remote_code=False)
+    encoder = SentenceTransformer(str(whole / "runs" / "whole" / "retriever" / "model"), trust_remote_code=False)
     assert encoder.prompts["qa_query"] == "what "
     assert encoder.prompts["tool_passage"] == ""
     asked = encoder.encode(["who is a ?"], prompt_name="qa_query")
@@ -165,7 +165,7 @@ def test_an_encoder_made_from_nothing_learns_the_words(folder: Path, monkeypatch
     rows = losses(folder, "new")
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
     assert run_command("retriever", given) == 0  # up to date
-    assert run_command("retriever", [*given, "name=again", "encoder.path=runs/new/retriever/encoder"]) == 0
+    assert run_command("retriever", [*given, "name=again", "encoder.path=runs/new/retriever/model"]) == 0
 
 
 @pytest.mark.parametrize(

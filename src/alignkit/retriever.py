@@ -9,7 +9,7 @@ docs/retriever.md has the rest.
 Reads:   data.path, also: rows with query, pos, neg, task, and maybe teacher_scores (LLM-Embedder's format), or
          HotpotQA's rows
          encoder.path: a sentence-transformers model or a plain encoder, or `new` for one that is made from nothing
-Writes:  encoder/, as SentenceTransformer("runs/<run>/retriever/encoder") reads it
+Writes:  model/, as SentenceTransformer("runs/<run>/retriever/model") reads it
          held_out_ndcg.jsonl: of each held-out query its nDCG@10 before and after
          loss.jsonl, dropped.jsonl
 
@@ -175,7 +175,7 @@ def run(config: RetrieverConfig) -> Artifact:
 
         merge_adapter(encoder)
         after = ndcg_of_each(encoder, held_out, tasks)
-        with artifact.output("encoder") as folder:
+        with artifact.output("model") as folder:
             save_encoder(encoder, folder, tasks)
         check_saved(encoder, artifact, [text for each in train[:_CHECKED_TEXTS] for text in (each.query, *each.pos)])
         artifact.write_rows("loss.jsonl", losses)
@@ -254,7 +254,7 @@ def check_saved(encoder: Any, artifact: Artifact, texts: list[str]) -> None:
 
     from alignkit.scoring.embedding import load_sentence_transformer
 
-    folder = artifact.folder / "encoder"
+    folder = artifact.folder / "model"
     saved = load_sentence_transformer(str(folder), None, None)
     pairs = [each.encode(texts, prompt="", show_progress_bar=False) for each in (encoder, saved)]
     difference = float(np.abs(pairs[0] - pairs[1]).max())

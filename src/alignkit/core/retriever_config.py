@@ -39,9 +39,6 @@ class Negatives(Enum):
     teacher_highest = "teacher_highest"
 
 
-_BY_TEACHER = (Negatives.teacher_lowest, Negatives.teacher_highest)
-
-
 class Distill(Enum):
     """How teacher scores are learned: as a distribution over a row's passages, or rank by rank (`stable`)."""
 

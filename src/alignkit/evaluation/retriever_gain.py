@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,10 @@ CUT_OFF = 10
 _QUERIES_AT_ONCE = 256
 
 
-def ndcg(ranked: Sequence[int], relevant: set[int], cut_off: int = CUT_OFF) -> float:
-    """Sum over ranks r <= cut_off of rel_r / log2(r + 1), divided by that of the best order (Järvelin and Kekäläinen,
-    2002); rel_r is 1 for a relevant passage."""
-    found = sum(1 / math.log2(place + 2) for place, passage in enumerate(ranked[:cut_off]) if passage in relevant)
-    return found / sum(1 / math.log2(place + 2) for place in range(min(cut_off, len(relevant))))
+def ndcg(found: Sequence[str], relevant: Collection[str], k: int) -> float:
+    """DCG / DCG of the best ranking (Järvelin and Kekäläinen, 2002), DCG@k = sum over i <= k of rel_i / log2(i + 1)."""
+    gained = sum(1 / math.log2(rank + 1) for rank, text in enumerate(found[:k], 1) if text in relevant)
+    return gained / sum(1 / math.log2(rank + 1) for rank in range(1, min(k, len(relevant)) + 1))
 
 
 def ndcg_of_each(
@@ -33,17 +32,16 @@ def ndcg_of_each(
     found = {}
     for name, task in tasks.items():
         own = [place for place, example in enumerate(examples) if example.task == name and example.pos]
-        texts = dict.fromkeys(text for example in examples if example.task == name for text in _passages(example))
         if not own:
             continue
-        numbers = {text: number for number, text in enumerate(texts)}
+        texts = list(dict.fromkeys(text for each in examples if each.task == name for text in (*each.pos, *each.neg)))
         passages = _embed(encoder, [task.passage_instruction + text for text in texts])
         queries = _embed(encoder, [task.query_instruction + examples[place].query for place in own])
         scores: dict[int, float] = {}
         for start in range(0, len(own), _QUERIES_AT_ONCE):
             order = np.argsort(-(queries[start : start + _QUERIES_AT_ONCE] @ passages.T), axis=1, kind="stable")
             for place, ranked in zip(own[start:], order[:, :CUT_OFF].tolist(), strict=False):
-                scores[place] = ndcg(ranked, {numbers[text] for text in examples[place].pos})
+                scores[place] = ndcg([texts[number] for number in ranked], set(examples[place].pos), CUT_OFF)
         found[name] = scores
     return found
 
@@ -70,10 +68,6 @@ def gains(
         values = {**sides, "gain": differences}
         found[name] = {side: bootstrap_mean(each, queries, seed) for side, each in values.items()}
     return found
-
-
-def _passages(example: RetrievalExample) -> list[str]:
-    return [*example.pos, *example.neg]
 
 
 def _embed(encoder: Any, texts: list[str]) -> Any:
