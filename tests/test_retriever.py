@@ -68,7 +68,7 @@ def manifest(folder: Path, run: str) -> dict[str, Any]:
 
 
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """Of any weight but the keys' biases: no embedding depends on them, so that Adam makes steps of what is rounding."""
+    """Of all weights but the keys' biases: no embedding depends on them, and Adam makes steps of their rounding."""
     assert one.keys() == other.keys()
     names = [name for name in one if not name.endswith("key.bias")]
     return max(float((one[name] - other[name]).abs().max()) for name in names)
@@ -102,7 +102,7 @@ def test_the_manifest_says_what_was_checked_and_found(whole: Path) -> None:
     assert found["metrics"]["held_out_rows"] == {"tool": 2, "qa": 3}
     assert found["metrics"]["rows"] == {"tool": 6, "qa": 13}
     assert found["metrics"]["steps"] == 2 * (1 + 2)
-    gain = found["metrics"]["ndcg_at_10"]
+    gain = found["metrics"]["held_out_ndcg_at_10"]
     assert set(gain) == {"all", "tool", "qa"}
     rows = [
         json.loads(line)
@@ -177,6 +177,7 @@ def test_an_encoder_made_from_nothing_learns_the_words(folder: Path, monkeypatch
         (["tasks={qa: {contrastiv_weight: 1}}"], "did you mean"),
         (["temperature=0"], "temperature=0.0: must be above 0"),
         (["train.packing=true"], "train.packing: only sft has it"),
+        (["distributed=ddp"], "distributed.strategy=ddp is for several processes"),
         (["also=[rows.jsonl]"], "is also in rows.jsonl"),
         (["objective.min_teacher_score=9"], "teacher scores too low: lower min_teacher_score"),
         (["encoder.path=bert", "encoder.passage_max_length=100"], "reads at most 64 tokens"),

@@ -45,9 +45,9 @@ from alignkit.core.config import (
     HardwareConfig,
     LoraConfig,
     LoraInit,
+    ModelConfig,
     RowsConfig,
     StageConfig,
-    Strategy,
     TrainConfig,
 )
 from alignkit.core.errors import UserError
@@ -121,8 +121,6 @@ class RetrieverConfig(StageConfig):
                 raise UserError(f"{name}={getattr(self, name)}: must be above 0")
         if not 0 <= self.held_out_share < 1:
             raise UserError(f"held_out_share={self.held_out_share}: must be at least 0 and below 1")
-        if self.distributed.strategy not in (Strategy.none, Strategy.ddp):
-            raise UserError(f"distributed.strategy={self.distributed.strategy.name}: retriever has none and ddp")
         if self.tuning is Tuning.lora and self.lora.init is LoraInit.pissa:
             raise UserError("lora.init=pissa: only sft has it, leave it out here")
 
@@ -139,6 +137,7 @@ def run(config: RetrieverConfig) -> Artifact:
             return artifact
         from alignkit.evaluation.retriever_gain import gains, ndcg_of_each
         from alignkit.training.arguments import refuse_what_only_sft_has
+        from alignkit.training.distributed import require_possible
         from alignkit.training.encoder import add_adapter, load_encoder, merge_adapter, save_encoder
         from alignkit.training.held_out import split_by_query
         from alignkit.training.retriever import train_retriever
@@ -146,6 +145,7 @@ def run(config: RetrieverConfig) -> Artifact:
 
         refuse_what_only_sft_has(config.train)
         require_tracker(config.train.tracker)
+        require_possible("retriever", ModelConfig(config.encoder.name), config.train, config.distributed)
         examples, tasks = read(config, artifact)
         train, held_out = split_by_query(examples, config.held_out_share, config.seed)
         train = sift(config, train, tasks, artifact)
@@ -183,9 +183,9 @@ def run(config: RetrieverConfig) -> Artifact:
         artifact.metrics |= {
             "rows": {name: sum(each.task == name for each in train) for name in tasks},
             "held_out_rows": {name: sum(each.task == name for each in held_out) for name in tasks},
-            "ndcg_at_10": gains(before, after, held_out, config.seed),
+            "held_out_ndcg_at_10": gains(before, after, held_out, config.seed),
         }
-        artifact.summary = summary(artifact.metrics["ndcg_at_10"])
+        artifact.summary = summary(artifact.metrics["held_out_ndcg_at_10"])
     return artifact
 
 
