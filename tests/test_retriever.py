@@ -134,11 +134,12 @@ def test_an_interrupted_run_ends_as_one_in_a_piece(whole: Path, monkeypatch: pyt
 
 
 def test_two_processes_train_what_one_trains(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each has half of every step, and all of its passages against each query."""
+    """Each has half of every step, in two parts, and all passages of the step compete."""
     monkeypatch.chdir(folder)
     more = ["train.epochs=1", "held_out_share=0", "train.logging_steps=5"]
     assert run_command("retriever", command("one", *more)) == 0
-    both = run_in_two(folder, ["retriever", *command("two", *more)])
+    parts = ["train.batch_size=2", "train.gradient_accumulation=4"]
+    both = run_in_two(folder, ["retriever", *command("two", *more, *parts)])
     assert both.codes == [[0], [0]], both.err
     assert manifest(folder, "two")["metrics"]["processes"] == 2
     assert manifest(folder, "two")["metrics"]["steps"] == 3
@@ -149,6 +150,7 @@ def test_two_processes_train_what_one_trains(folder: Path, monkeypatch: pytest.M
 def test_an_adapter_is_merged_into_a_plain_encoder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     given = command("lora", "tuning=lora", "lora.rank=4", "train.max_steps=3", "held_out_share=0")
+    given.append("train.gradient_checkpointing=true")
     assert run_command("retriever", given) == 0
     start, found = load_file(folder / "bert" / "model.safetensors"), weights(folder, "lora")
     assert start.keys() == found.keys()
@@ -177,7 +179,6 @@ def test_an_encoder_made_from_nothing_learns_the_words(folder: Path, monkeypatch
         (["tasks={qa: {contrastiv_weight: 1}}"], "did you mean"),
         (["temperature=0"], "temperature=0.0: must be above 0"),
         (["train.packing=true"], "train.packing: only sft has it"),
-        (["distributed=ddp"], "distributed.strategy=ddp is for several processes"),
         (["also=[rows.jsonl]"], "is also in rows.jsonl"),
         (["objective.min_teacher_score=9"], "teacher scores too low: lower min_teacher_score"),
         (["encoder.path=bert", "encoder.passage_max_length=100"], "reads at most 64 tokens"),

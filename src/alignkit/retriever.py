@@ -109,7 +109,6 @@ class RetrieverConfig(StageConfig):
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
     def __post_init__(self) -> None:
@@ -145,7 +144,7 @@ def run(config: RetrieverConfig) -> Artifact:
 
         refuse_what_only_sft_has(config.train)
         require_tracker(config.train.tracker)
-        require_possible("retriever", ModelConfig(config.encoder.name), config.train, config.distributed)
+        require_possible("retriever", ModelConfig(config.encoder.name), config.train, DistributedConfig())
         examples, tasks = read(config, artifact)
         train, held_out = split_by_query(examples, config.held_out_share, config.seed)
         train = sift(config, train, tasks, artifact)

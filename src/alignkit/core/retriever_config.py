@@ -123,5 +123,3 @@ class EncoderConfig:
         for name in ("query_max_length", "passage_max_length", "vocabulary", "dimensions"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"encoder.{name}={value}: must be at least 1")
-        if self.path == NEW and (self.query_max_length or self.passage_max_length or self.pooling):
-            raise UserError("encoder.path=new reads texts whole, and takes their mean: leave out pooling and lengths")

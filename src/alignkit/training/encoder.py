@@ -19,6 +19,11 @@ def load_encoder(config: EncoderConfig, texts: Iterable[str], seed: int, *, cosi
 
     Raises `UserError` for an encoder that cannot be loaded.
     """
+    if config.path == NEW and (config.query_max_length or config.passage_max_length or config.pooling):
+        raise UserError(
+            "encoder.path=new reads texts whole, and takes their mean: give another encoder, or leave out "
+            "encoder.pooling, encoder.query_max_length and encoder.passage_max_length"
+        )
     if config.path == NEW:
         encoder = _new_encoder(config, texts, seed)
     else:

@@ -91,7 +91,7 @@ class RetrievalLoss(CachedLossMixin, torch.nn.Module):
     def forward(self, columns: Sequence[dict[str, Tensor]], batch: dict[str, Any]) -> Tensor:
         """The loss; `columns` are the tokens of the queries, and those of the passages, row by row."""
         if self.cached:
-            cached: Tensor = self.forward_cached(columns, batch)
+            cached: Tensor = self.forward_cached(columns, batch)  # type: ignore[arg-type]
             return cached
         queries, passages = (self.model(column)["sentence_embedding"] for column in columns)
         return self.loss(queries, passages, batch)
@@ -101,7 +101,7 @@ class RetrievalLoss(CachedLossMixin, torch.nn.Module):
         queries, passages = (torch.cat(parts) for parts in reps)
         loss = self.loss(queries, passages, labels)
         if with_backward:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             loss = loss.detach()
         return loss
 
