@@ -179,6 +179,7 @@ def test_an_encoder_made_from_nothing_learns_the_words(folder: Path, monkeypatch
         (["tasks={qa: {contrastiv_weight: 1}}"], "did you mean"),
         (["temperature=0"], "temperature=0.0: must be above 0"),
         (["train.packing=true"], "train.packing: only sft has it"),
+        (["distributed.strategy=ddp"], "distributed.strategy=ddp is for several processes"),
         (["also=[rows.jsonl]"], "is also in rows.jsonl"),
         (["objective.min_teacher_score=9"], "teacher scores too low: lower min_teacher_score"),
         (["encoder.path=bert", "encoder.passage_max_length=100"], "reads at most 64 tokens"),

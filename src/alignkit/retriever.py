@@ -109,6 +109,8 @@ class RetrieverConfig(StageConfig):
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """`none` and `ddp` alone: an encoder is small enough for one GPU."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
     def __post_init__(self) -> None:
@@ -144,7 +146,7 @@ def run(config: RetrieverConfig) -> Artifact:
 
         refuse_what_only_sft_has(config.train)
         require_tracker(config.train.tracker)
-        require_possible("retriever", ModelConfig(config.encoder.name), config.train, DistributedConfig())
+        require_possible("retriever", ModelConfig(config.encoder.name), config.train, config.distributed)
         examples, tasks = read(config, artifact)
         train, held_out = split_by_query(examples, config.held_out_share, config.seed)
         train = sift(config, train, tasks, artifact)
