@@ -141,7 +141,7 @@ def differs(jobs: Sequence[JobResult], name: str) -> bool:
 
 def telling(jobs: Sequence[JobResult], names: Sequence[str]) -> list[str]:
     """What to look at first: the held-out metrics, then others that differ; all where there are none of these."""
-    held_out = [name for name in names if name.startswith("held_out.")]
+    held_out = [name for name in names if name.startswith(("held_out.", "held_out_ndcg"))]
     return [*held_out, *(name for name in names if name not in held_out and differs(jobs, name))] or list(names)
 
 

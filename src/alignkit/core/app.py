@@ -96,7 +96,7 @@ def _run_command(stage: str, arguments: list[str]) -> int:
         check_keys(stage, compose(stage, overrides))
         hydra_main(stage, [*flags, *overrides], lambda composed: None)
         return DONE
-    if world_size() > 1 and "distributed" not in default_groups(stage):
+    if world_size() > 1 and "distributed" not in config_class(stage).__dataclass_fields__:
         raise UserError(f"{stage} is the work of one process: start it without torchrun. See {_help(stage)}")
     with recorded_command(shlex.join(["alignkit", stage, *overrides])):
         run_stage(stage, load_config(stage, overrides))

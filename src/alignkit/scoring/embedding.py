@@ -128,7 +128,7 @@ class SentenceTransformerEmbedder:
         self.batch_size = batch_size
         self.prompt = prompt
         self._pooling = pooling
-        self._model = _load_sentence_transformer(path, pooling, revision)
+        self._model = load_sentence_transformer(path, pooling, revision)
         self.dimensions = int(self._model.get_embedding_dimension())
 
     def with_prompt(self, prompt: str | None) -> SentenceTransformerEmbedder:
@@ -235,7 +235,8 @@ def _unit(vectors: Vectors) -> Vectors:
     return np.asarray(vectors / np.where(lengths > 0, lengths, 1), dtype=np.float32)
 
 
-def _load_sentence_transformer(path: str, pooling: str | None, revision: str | None) -> Any:
+def load_sentence_transformer(path: str, pooling: str | None, revision: str | None) -> Any:
+    """A sentence-transformers model, or a plain encoder with a pooling, in float32, from safetensors alone."""
     from transformers.utils import logging as transformers_logging
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -32,6 +33,11 @@ class LengthGroupedSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def sizes(self) -> list[int]:
+        """Rows of each optimizer step of an epoch, in no particular order."""
+        full, rest = divmod(len(self.lengths), self.rows_per_step)
+        return [self.rows_per_step] * full + [rest] * (rest > 0)
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration belongs to (called by the data loader)."""
@@ -74,9 +80,7 @@ class OwnBatches(Sampler[list[int]]):
         self.world_size = world_size
 
     def __len__(self) -> int:
-        rows, per_step = len(self.sampler), self.sampler.rows_per_step
-        sizes = [per_step] * (rows // per_step) + [rows % per_step]
-        return sum(_batches(size, self.batch_size, self.world_size) for size in sizes)
+        return sum(_batches(size, self.batch_size, self.world_size) for size in self.sampler.sizes())
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in self.sampler.steps():
@@ -121,7 +125,8 @@ def parts(lengths: Sequence[int], max_tokens: float) -> list[slice]:
 
 def planned_steps(sampler: LengthGroupedSampler, steps: int) -> Iterator[list[int]]:
     """The row numbers of each of a run's first `steps` optimizer steps, in order."""
-    plan = LengthGroupedSampler(sampler.lengths, sampler.rows_per_step, sampler.seed)
+    plan = copy.copy(sampler)
+    plan.set_epoch(0)
     while steps > 0:
         epoch = list(plan.steps())[:steps]
         yield from epoch

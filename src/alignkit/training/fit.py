@@ -45,6 +45,7 @@ _LOSS_FIELDS = {
     "log_ratios/rejected": "rejected_log_ratio",
     "tokens/chosen": "chosen_tokens",
     "tokens/rejected": "rejected_tokens",
+    "positives_on_top": "positives_on_top",
 }
 """What a trainer logs -> what a row of loss.jsonl calls it."""
 
@@ -76,19 +77,22 @@ def fit(
     description: str,
     row_tokens: Sequence[int] | None = None,
     held_out: HeldOut | None = None,
+    base: str | None = None,
 ) -> list[dict[str, float]]:
     """Train to the end and return the rows of loss.jsonl: `step`, `epoch`, `loss` and what else the objective logs.
 
     Continues from the newest intact checkpoint in the trainer's output folder, if there is one, with optimizer, random
     state and data order, so that the result is that of an uninterrupted run. `row_tokens` are the tokens that are read
-    for each row, where they are not the lengths that rows are grouped by. Raises `KeyboardInterrupt` after a signal,
+    for each row, where they are not the lengths that rows are grouped by. `base` is what a checkpoint's adapter says it
+    belongs to; None: config.model.path. Raises `KeyboardInterrupt` after a signal,
     when the checkpoint of the step is written.
     """
     policy = trainer.model
     assert policy is not None
     checkpoint, continued_from = _checkpoint(Path(str(trainer.args.output_dir)), description)
     sampler = trainer.sampler
-    steps = planned_steps(sampler, optimizer_steps(len(sampler), train))
+    rows = len(sampler.sizes()) * sampler.rows_per_step
+    steps = planned_steps(sampler, optimizer_steps(rows, train))
     tokens = [sum((row_tokens or sampler.lengths)[row] for row in rows) for rows in steps]
     if hasattr(trainer, "_total_train_tokens"):
         trainer._total_train_tokens = sum(tokens[:continued_from])  # TRL would begin again at 0
@@ -103,7 +107,7 @@ def fit(
         *tracking_callbacks(train.tracker, artifact, continued_from),
         *([] if held_out is None else [held_out]),
         stop,
-        SealCheckpoints(policy, artifact.check, artifact.config["model"]["path"]),
+        SealCheckpoints(policy, artifact.check, base or artifact.config["model"]["path"]),
     )
     if world_size() > 1:
         _join(trainer, description)

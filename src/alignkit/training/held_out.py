@@ -24,7 +24,7 @@ from alignkit.core.artifact import Artifact
 from alignkit.core.config import Keep, SamplingConfig, TrainConfig
 from alignkit.core.errors import UserError
 from alignkit.core.journal import Journal
-from alignkit.core.records import ChatExample, PreferencePair, TextExample
+from alignkit.core.records import ChatExample, PreferencePair, RetrievalExample, TextExample
 from alignkit.data.chat import IGNORED, EncodedExample, end_of_turn_id
 from alignkit.generation.hf import decode, draw
 from alignkit.training.randomness import random_state_kept
@@ -68,12 +68,35 @@ def split_by_prompt(examples: Sequence[Row], share: float, seed: int) -> tuple[l
     sides: tuple[list[Row], list[Row]] = ([], [])
     for example, key in zip(examples, keys, strict=True):
         sides[key in chosen].append(example)
+    _require_both(sides, share)
+    return sides
+
+
+def split_by_query(
+    examples: Sequence[RetrievalExample], share: float, seed: int
+) -> tuple[list[RetrievalExample], list[RetrievalExample]]:
+    """Rows to train on, and those of a share (rounded) of each task's queries, drawn by `seed`.
+
+    All rows with one `query_id` of a task fall on the same side. Raises `UserError` when a share leaves one side empty.
+    """
+    chosen: set[tuple[str, str]] = set()
+    for task in dict.fromkeys(example.task for example in examples):
+        queries = list(dict.fromkeys(example.query_id for example in examples if example.task == task))
+        drawn = Random(f"{seed} {task}").sample(queries, round(share * len(queries)))
+        chosen |= {(task, query) for query in drawn}
+    sides: tuple[list[RetrievalExample], list[RetrievalExample]] = ([], [])
+    for example in examples:
+        sides[(example.task, example.query_id) in chosen].append(example)
+    _require_both(sides, share)
+    return sides
+
+
+def _require_both(sides: tuple[Sequence[Any], Sequence[Any]], share: float) -> None:
     if share and not all(sides):
         raise UserError(
             f"held_out_share={share} leaves {len(sides[0])} rows to train on and {len(sides[1])} held out; change it, "
             "or give more data"
         )
-    return sides
 
 
 def prompt_key(example: ChatExample | TextExample | PreferencePair) -> str:
