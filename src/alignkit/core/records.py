@@ -176,6 +176,35 @@ class DocumentPage(Row):
         return self
 
 
+class RetrievalExample(Row):
+    """A query, the passages that answer it and passages that do not, by the field names of LLM-Embedder.
+
+    (Zhang et al., 2023, arXiv 2310.07554.) Several rows may ask one query: they have its `query_id`.
+    """
+
+    query: str = Field(min_length=1)
+    pos: list[str] = []
+    neg: list[str] = []
+    pos_index: list[int | str] = []
+    """Of each passage of `pos` its id in the corpus, where it is known; `neg_index` likewise."""
+    neg_index: list[int | str] = []
+    teacher_scores: list[float] | None = None
+    """How good a teacher finds each passage, those of `pos` first, then those of `neg`; higher is better."""
+    answers: list[str] = []
+    task: str = Field(min_length=1)
+    query_id: str = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _scores_belong_to_the_passages(self) -> RetrievalExample:
+        passages = len(self.pos) + len(self.neg)
+        if self.teacher_scores is not None and len(self.teacher_scores) != passages:
+            raise ValueError(
+                f"{len(self.teacher_scores)} teacher_scores for {passages} passages ({len(self.pos)} pos and "
+                f"{len(self.neg)} neg): they were made for others, so remove them or score the passages again"
+            )
+        return self
+
+
 class Dropped(BaseModel):
     """A row that did not pass, and why. `row` is the row as it was read."""
 

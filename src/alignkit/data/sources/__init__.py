@@ -20,6 +20,7 @@ from alignkit.core.records import (
     Message,
     PreferencePair,
     QAExample,
+    RetrievalExample,
     Row,
     TextExample,
 )
@@ -34,6 +35,7 @@ from alignkit.data.sources import (
     qa_expert,
     questions,
     raft,
+    retrieval,
     short_answer_formats,
 )
 from alignkit.data.sources.raw import Format, RawRow, detect, row_id
@@ -135,6 +137,15 @@ def read_comparables(rows: RowsConfig) -> tuple[list[Row], list[Dropped]]:
     formats: tuple[Format[Row], ...] = (
         Format("category", ("category",), categories.read_category),
         Format("QA-Expert", qa_expert.FIELDS, qa_expert.read_record),
+    )
+    return _read(rows, formats)
+
+
+def read_retrieval(rows: RowsConfig, task: str | None = None) -> tuple[list[RetrievalExample], list[Dropped]]:
+    """Queries with passages: LLM-Embedder's rows, or HotpotQA's; `task` is that of rows that name none."""
+    formats: tuple[Format[RetrievalExample], ...] = (
+        Format("LLM-Embedder", retrieval.FIELDS, partial(retrieval.read_row, task=task)),
+        Format("HotpotQA", hotpotqa.FIELDS, partial(retrieval.read_hotpotqa, task=task)),
     )
     return _read(rows, formats)
 

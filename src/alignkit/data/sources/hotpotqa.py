@@ -12,7 +12,9 @@ from alignkit.data.sources.raw import RawRow
 FIELDS = ("question", "answer", "context", "supporting_facts")
 
 
-class _HotpotQA(BaseModel):
+class HotpotQA(BaseModel):
+    """A row of HotpotQA; `context` and `supporting_facts` as pairs (see `as_pairs`)."""
+
     question: str
     answer: str
     context: list[tuple[str, list[str]]]
@@ -24,8 +26,8 @@ def read_question(raw: RawRow, paragraphs: str = "gold") -> QAExample | Dropped:
 
     A yes/no question is judgmental.
     """
-    pairs = {name: _pairs(raw.fields[name]) for name in ("context", "supporting_facts")}
-    row = raw.record(_HotpotQA, **pairs)
+    pairs = {name: as_pairs(raw.fields[name]) for name in ("context", "supporting_facts")}
+    row = raw.record(HotpotQA, **pairs)
     supporting = {title for title, _ in row.supporting_facts}
     if not supporting or supporting - {title for title, _ in row.context}:
         return raw.drop("a supporting paragraph is missing")
@@ -46,7 +48,7 @@ def read_question(raw: RawRow, paragraphs: str = "gold") -> QAExample | Dropped:
     )
 
 
-def _pairs(value: Any) -> Any:
+def as_pairs(value: Any) -> Any:
     """The Hub's copy holds parallel lists, `title` and another, where the original file holds pairs; else unchanged."""
     if not isinstance(value, dict) or len(value) != 2 or "title" not in value:
         return value
