@@ -18,7 +18,7 @@ from alignkit.core.hashing import count_rows, hash_path
 
 MANIFEST = "manifest.json"
 _VERSIONED = ("alignkit", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "openai", "hydra-core")
-_NO_PATH = ("", "embedded", "none", "sft_adapter", "base", "characters")
+_NO_PATH = ("", "embedded", "none", "sft_adapter", "base", "characters", "bm25")
 """Values of input keys that name something built in rather than a path."""
 _FILE_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".txt", ".yaml", ".safetensors", ".gguf")
 

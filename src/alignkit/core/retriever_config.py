@@ -88,7 +88,12 @@ class TaskConfig:
     @property
     def needs_teacher(self) -> bool:
         """Whether a row without teacher scores is of no use."""
-        by_teacher = (Positives.teacher, Positives.teacher_positives, Negatives.teacher_lowest, Negatives.teacher_highest)
+        by_teacher = (
+            Positives.teacher,
+            Positives.teacher_positives,
+            Negatives.teacher_lowest,
+            Negatives.teacher_highest,
+        )
         filters = self.min_teacher_margin > 0 or self.min_teacher_score is not None
         return self.distill_weight > 0 or filters or self.positives in by_teacher or self.negatives in by_teacher
 

@@ -7,6 +7,7 @@ import json
 import logging
 import unicodedata
 from collections.abc import Iterator, Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -129,6 +130,17 @@ class SentenceTransformerEmbedder:
         self._pooling = pooling
         self._model = _load_sentence_transformer(path, pooling, revision)
         self.dimensions = int(self._model.get_embedding_dimension())
+
+    def with_prompt(self, prompt: str | None) -> SentenceTransformerEmbedder:
+        """The same model, not loaded again, with another prompt."""
+        other = copy(self)
+        other.__dict__.pop("key", None)  # which is cached
+        other.prompt = prompt
+        return other
+
+    def own_prompt(self, purpose: str) -> str | None:
+        """The prompt that the model's files hold for a purpose, `query` or `document`; None when they hold none."""
+        return self._model.prompts.get(purpose) or None
 
     @cached_property
     def key(self) -> str:
