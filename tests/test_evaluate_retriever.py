@@ -1,4 +1,4 @@
-"""The stage `evaluate_retriever` as a user runs it: one table for all retrievers, paired, and contexts to answer from."""
+"""The stage `evaluate_retriever` as a user runs it: one table for all, paired, and contexts to answer from."""
 
 from __future__ import annotations
 
@@ -104,7 +104,8 @@ def test_an_encoder_reads_queries_and_passages_with_the_instructions_of_their_ta
     write("tasks.jsonl", rows)
     given = ["data.path=tasks.jsonl", "corpus=corpus.jsonl", "retrievers={bm25: null, after: trained}", "cutoffs=[6]"]
     assert run_command("evaluate_retriever", given) == 0
-    by_task = {row["task"]: {hit["id"]: hit["score"] for hit in row["found"]["after"]} for row in read("rankings.jsonl")}
+    found = {row["task"]: row["found"]["after"] for row in read("rankings.jsonl")}
+    by_task = {task: {hit["id"]: hit["score"] for hit in hits} for task, hits in found.items()}
     passages = [f"{letter} {letter} is" for letter in "abcdef"]
     for task, before, ahead in (("qa", "who ", "the mayor "), ("icl", "", "")):
         asked, read_as = model.encode([f"{before}a is"]), model.encode([ahead + text for text in passages])
@@ -117,7 +118,7 @@ def test_an_encoder_reads_queries_and_passages_with_the_instructions_of_their_ta
     ("arguments", "said"),
     [
         (["retrievers={bm25: null}"], "retrievers: name at least one"),
-        (["retrievers={'a b': bm25}"], "retrievers: 'a b' is no name"),
+        (["retrievers={-a: bm25}"], "retrievers: '-a' is no name"),
         (["comparisons=['after>bm25']"], "must be 'new>old' with two of the retrievers bm25"),
         (["retrievers={after: nowhere}"], "retrievers.after=nowhere: no such file or folder"),
         (["cutoffs=[0]"], "give ranks of at least 1"),
