@@ -78,7 +78,7 @@ def test_retrievers_are_measured_and_compared_on_the_same_queries() -> None:
 
 def test_a_positive_outside_the_corpus_counts_as_not_found_and_a_query_without_any_is_dropped() -> None:
     write("corpus.jsonl", [{"id": "1", "text": "a b"}, {"id": "2", "text": "c d"}])
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"query": "a", "pos_index": [1, 7], "task": "qa", "query_id": "x"},
         {"query": "a", "pos_index": [7], "task": "qa", "query_id": "y"},
         {"query": "a", "neg": ["a b"], "task": "qa", "query_id": "z"},
@@ -100,7 +100,9 @@ def test_an_encoder_reads_queries_and_passages_with_the_instructions_of_their_ta
     model.prompts = {"qa_query": "who ", "qa_passage": "the mayor ", "query": "", "document": ""}
     model.save_pretrained(str(tmp_path / "trained"))
     write("corpus.jsonl", [{"id": letter, "text": f"{letter} {letter} is"} for letter in "abcdef"])
-    rows = [{"query": "a is", "pos_index": ["a"], "task": task, "query_id": task} for task in ("qa", "icl")]
+    rows: list[dict[str, Any]] = [
+        {"query": "a is", "pos_index": ["a"], "task": task, "query_id": task} for task in ("qa", "icl")
+    ]
     write("tasks.jsonl", rows)
     given = ["data.path=tasks.jsonl", "corpus=corpus.jsonl", "retrievers={bm25: null, after: trained}", "cutoffs=[6]"]
     assert run_command("evaluate_retriever", given) == 0

@@ -101,7 +101,7 @@ def test_a_template_is_filled_in_without_reading_what_is_put_in() -> None:
 
     class Scorer(CandidateScorer):
         def _encode(self, row: Any, passage: str) -> Any:
-            found = super()._encode(row, passage)
+            found: Any = super()._encode(row, passage)
             seen.append(tokenizer().decode(found.prompt))
             return found
 

@@ -70,8 +70,10 @@ def test_a_comparison_is_paired() -> None:
     same_passage = compare(new, old, [2])["all"]["mrr@2"]
     assert same_passage["mean"] == pytest.approx(0.25)
     assert same_passage["low"] == same_passage["high"]  # all ask for one passage: one independent observation
-    apart = [[ranked(q.id, "".join(q.found).replace("a", q.id[-1]), q.id[-1]) for q in side] for side in (new, old)]
-    difference = compare(*apart, [2])["qa"]["mrr@2"]
+    after, before = [
+        [ranked(q.id, "".join(q.found).replace("a", q.id[-1]), q.id[-1]) for q in side] for side in (new, old)
+    ]
+    difference = compare(after, before, [2])["qa"]["mrr@2"]
     assert difference["mean"] == pytest.approx(0.25)
     assert difference["low"] < 0.25 < difference["high"]
     with pytest.raises(ValueError, match="same queries"):
