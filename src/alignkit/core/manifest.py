@@ -21,7 +21,7 @@ _VERSIONED = (
     *("alignkit", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "sentence-transformers"),
     *("openai", "hydra-core"),
 )
-_NO_PATH = ("", "embedded", "none", "sft_adapter", "base", "characters", "new")
+_NO_PATH = ("", "embedded", "none", "sft_adapter", "base", "characters", "new", "bm25")
 """Values of input keys that name something built in rather than a path."""
 _FILE_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".txt", ".yaml", ".safetensors", ".gguf")
 

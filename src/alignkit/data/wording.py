@@ -53,10 +53,13 @@ def tokens(text: str) -> list[str]:
 
 def contains(text: str, part: str) -> bool:
     """Whether the tokens of `part` stand in `text` one after the other. A part without any is contained in nothing."""
-    wanted, found = tokens(part), tokens(text)
-    return bool(wanted) and any(
-        found[start : start + len(wanted)] == wanted for start in range(len(found) - len(wanted) + 1)
-    )
+    wanted = tokens(part)
+    return bool(wanted) and line_of_tokens(wanted) in line_of_tokens(tokens(text))
+
+
+def line_of_tokens(found: list[str]) -> str:
+    """Tokens in a line with spaces around each: one line stands in another where its tokens do, in a row."""
+    return f" {' '.join(found)} "
 
 
 def verdict(text: str) -> str | None:

@@ -195,7 +195,7 @@ class RewardModel:
         """What each head says of every answer of every group."""
         import torch
 
-        from alignkit.models.value_head import collate
+        from alignkit.models.value_head import batches, collate
 
         parts = [(index, part) for index, group in enumerate(groups) for part in group.split(self.model.max_length)]
         by_length = sorted(range(len(parts)), key=lambda place: len(parts[place][1]))
@@ -204,7 +204,7 @@ class RewardModel:
         limit = batch_tokens or (CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS)
         self.module.eval()
         with torch.inference_mode(), self._active():
-            for batch in _batches(by_length, [len(part) for _, part in parts], limit):
+            for batch in batches(by_length, [len(part) for _, part in parts], limit):
                 inputs = collate([parts[place][1] for place in batch], self.tokenizer.pad_token_id)
                 values = iter(self.module(**{key: value.to(device) for key, value in inputs.items()}).tolist())
                 for place in batch:
@@ -292,18 +292,6 @@ def _has_base_of(adapter: Path, policy: Any, model: ModelConfig) -> bool:
     in_4_bits = bool(getattr(base, "is_loaded_in_4bit", False))
     same_weights = json.loads(record.read_text(encoding="utf-8"))["fingerprint"] == base_fingerprint(base)
     return bool(same_weights and in_4_bits == (model.quantization is Quantization.nf4))
-
-
-def _batches(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Cut `order` (by rising length) into batches whose rows, padded to the longest, hold at most `batch_tokens`."""
-    batch: list[int] = []
-    for place in order:
-        if batch and (len(batch) + 1) * lengths[place] > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
-        yield batch
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:

@@ -70,6 +70,18 @@ def collate(groups: Sequence[PromptGroup], pad_id: int) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "segments": segments, "position_ids": position_ids, "last": torch.tensor(last)}
 
 
+def batches(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Cut `order` (by rising length) into batches whose rows, padded to the longest, hold at most `batch_tokens`."""
+    batch: list[int] = []
+    for place in order:
+        if batch and (len(batch) + 1) * lengths[place] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
+
+
 def visible(segments: Tensor) -> Tensor:
     """Attention mask [rows, 1, length, length]: True where a token (third axis) may look at another (last axis).
 
@@ -79,6 +91,21 @@ def visible(segments: Tensor) -> Tensor:
     earlier = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
     related = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
     return (earlier & related)[:, None]
+
+
+def attention_mask(segments: Tensor, implementation: str) -> Tensor:
+    """What `visible` says in the form that `sdpa` or `eager` attention takes."""
+    mask = visible(segments)
+    if implementation == "eager":  # adds its mask, where sdpa reads it as true and false
+        return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float16).min)
+    return mask
+
+
+def backbone_of(policy: Any) -> torch.nn.Module:
+    """The decoder below a policy's language-model head; adapters live inside its layers."""
+    language_model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    backbone: torch.nn.Module = language_model.base_model
+    return backbone
 
 
 class ValueHeadModel(torch.nn.Module):
@@ -108,16 +135,12 @@ class ValueHeadModel(torch.nn.Module):
 
     @property
     def backbone(self) -> torch.nn.Module:
-        """The decoder below the language-model head; adapters live inside its layers."""
-        language_model = self.policy.get_base_model() if hasattr(self.policy, "get_base_model") else self.policy
-        backbone: torch.nn.Module = language_model.base_model
-        return backbone
+        """The decoder below the language-model head."""
+        return backbone_of(self.policy)
 
     def forward(self, input_ids: Tensor, segments: Tensor, position_ids: Tensor, last: Tensor) -> Tensor:
         """What each head says of each answer of a `collate`d batch: [answers, heads]."""
-        mask = visible(segments)
-        if self.policy.config._attn_implementation == "eager":  # adds its mask, where sdpa reads it as true and false
-            mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float16).min)
+        mask = attention_mask(segments, self.policy.config._attn_implementation)
         hidden = self.backbone(
             input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False
         ).last_hidden_state

@@ -142,12 +142,24 @@ def read_comparables(rows: RowsConfig) -> tuple[list[Row], list[Dropped]]:
 
 
 def read_retrieval(rows: RowsConfig, task: str | None = None) -> tuple[list[RetrievalExample], list[Dropped]]:
-    """Queries with passages: LLM-Embedder's rows, or HotpotQA's; `task` is that of rows that name none."""
-    formats: tuple[Format[RetrievalExample], ...] = (
+    """Queries with passages: LLM-Embedder's rows, HotpotQA's, or questions over statements.
+
+    `task` is that of rows that name none.
+    """
+    return _read(rows, _retrieval_formats(task))
+
+
+def stream_retrieval(rows: RowsConfig, task: str | None = None) -> Iterator[RetrievalExample | Dropped]:
+    """The rows of `read_retrieval` and those it sets aside, one by one in their order; only their ids are kept."""
+    return _stream(rows, _retrieval_formats(task))
+
+
+def _retrieval_formats(task: str | None) -> tuple[Format[RetrievalExample], ...]:
+    return (
         Format("LLM-Embedder", retrieval.FIELDS, partial(retrieval.read_row, task=task)),
         Format("HotpotQA", hotpotqa.FIELDS, partial(retrieval.read_hotpotqa, task=task)),
+        Format("QA example", ("instruction", "input"), partial(retrieval.read_question, task=task)),
     )
-    return _read(rows, formats)
 
 
 def _read(

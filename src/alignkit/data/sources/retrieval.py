@@ -1,4 +1,4 @@
-"""Queries with passages: LLM-Embedder's rows (Zhang et al., 2023, arXiv 2310.07554), and HotpotQA's as such rows.
+"""Queries with passages: LLM-Embedder's rows (Zhang et al., 2023, arXiv 2310.07554), HotpotQA's and ours as such.
 
 LLM-Embedder's `query_id` may be a number, absent, or called `qid`; a row of its task `chat` has a `history` of earlier
 turns in the place of passages.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from alignkit.core.errors import UserError
-from alignkit.core.records import Dropped, RetrievalExample
+from alignkit.core.records import Dropped, QAExample, RetrievalExample
 from alignkit.data.sources.hotpotqa import HotpotQA, as_pairs
 from alignkit.data.sources.raw import RawRow
 
@@ -57,6 +57,29 @@ def read_hotpotqa(raw: RawRow, task: str | None = None) -> RetrievalExample | Dr
         answers=[row.answer],
         task=_task(raw, task),
         query_id=raw.id,
+    )
+
+
+def read_question(raw: RawRow, task: str | None = None) -> RetrievalExample | Dropped:
+    """A question over a statement segment: the statement is what has to be found, the output the answer.
+
+    Other fields of the row stay.
+    """
+    example = raw.record(QAExample, id=raw.id)
+    others = {name: value for name, value in raw.fields.items() if name not in QAExample.model_fields}
+    if example.kind is not None:
+        others["kind"] = example.kind
+    if not example.instruction.strip() or not example.input.strip():
+        return raw.drop("no statement to find" if example.input.strip() else "empty question")
+    return RetrievalExample(
+        id=raw.id,
+        parents=example.parents,
+        query=example.input,
+        pos=[example.instruction],
+        answers=[example.output] if example.output.strip() else [],
+        task=_task(raw, task),
+        query_id=raw.id,
+        **others,
     )
 
 
