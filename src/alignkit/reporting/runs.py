@@ -62,6 +62,10 @@ class Run:
         """The complete step of that name, if there is one."""
         return next((step for step in self.steps if step.name == name and step.complete), None)
 
+    def any_step(self, name: str) -> Step | None:
+        """The step of that name, complete or not, if there is one."""
+        return next((step for step in self.steps if step.name == name), None)
+
     def of_stage(self, *stages: str) -> list[Step]:
         """The complete steps of these stages."""
         return [step for step in self.steps if step.stage in stages and step.complete]
@@ -99,6 +103,12 @@ def read_run(folder: Path) -> Run:
     if not steps:
         raise UserError(f"{folder}: no stage has been run here yet (no */{MANIFEST}), so there is nothing to report")
     return Run(folder, _in_order(Run(folder, sorted(steps, key=lambda step: step.manifest["started"]))))
+
+
+def read_aside(folder: Path, stage: str) -> list[Step]:
+    """The steps of a stage that tells about the others and is no step of the run itself, such as `preflight`."""
+    found = sorted(folder.glob(f"*/{MANIFEST}"))
+    return [_read_step(path.parent) for path in found if (read_manifest(path.parent) or {})["stage"] == stage]
 
 
 def _read_step(folder: Path) -> Step:
