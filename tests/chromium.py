@@ -9,12 +9,14 @@ import base64
 import itertools
 import json
 import os
+import select
 import shutil
 import subprocess
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+PATIENCE = 60
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -52,8 +54,7 @@ class Browser:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._session = ""
-        self.ask("Browser.close")
+        self._process.terminate()
         self._process.wait(20)
         os.close(self._from)
         os.close(self._to)
@@ -102,9 +103,9 @@ class Browser:
             self.ask("Input.dispatchKeyEvent", type="keyDown", **same, **text)
             self.ask("Input.dispatchKeyEvent", type="keyUp", **same)
 
-    def screenshot(self, path: Path, *, whole: bool = True) -> Path:
-        """The page as a PNG file: all of it, or what the window shows."""
-        shown = self.ask("Page.captureScreenshot", captureBeyondViewport=whole)
+    def screenshot(self, path: Path) -> Path:
+        """What the window shows, as a PNG file."""
+        shown = self.ask("Page.captureScreenshot")
         path.write_bytes(base64.b64decode(shown["data"]))
         return path
 
@@ -138,6 +139,9 @@ class Browser:
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._from], [], [], PATIENCE)
+            if not ready:
+                raise TimeoutError(f"Chromium has said nothing for {PATIENCE} s")
             received = os.read(self._from, 1 << 20)
             if not received:
                 raise RuntimeError("Chromium has ended")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from alignkit.evaluation.predictions import TAGS, Prediction, compare, read_predictions
 from alignkit.evaluation.statistics import Estimate, bootstrap_mean
-from alignkit.reporting.measures import FULL_MARKS, is_estimate
+from alignkit.reporting.measures import FULL_MARKS, estimated
 from alignkit.reporting.runs import Run, Step
 
 MOST_VALUES = 40
@@ -107,14 +107,12 @@ class HeldOut:
     @property
     def scores(self) -> list[str]:
         """Every score of the models that is an estimate."""
-        models = [each for metrics in self.metrics for each in metrics["models"].values()]
-        return list(dict.fromkeys(name for each in models for name, value in each.items() if is_estimate(value)))
+        return estimated([each for metrics in self.metrics for each in metrics["models"].values()])
 
     @property
     def differences(self) -> list[str]:
         """Every score that models were compared by."""
-        compared = [each for metrics in self.metrics for each in metrics["comparisons"]]
-        return list(dict.fromkeys(name for each in compared for name, value in each.items() if is_estimate(value)))
+        return estimated([each for metrics in self.metrics for each in metrics["comparisons"]])
 
     @property
     def measures(self) -> list[str]:
@@ -163,6 +161,7 @@ class HeldOut:
         order: tuple[Role, ...] = ("stage", "control", "against control", "upper bound")
         return sorted((self.gain(new, old) for new, old in pairs), key=lambda gain: order.index(gain.role))
 
+    @cached_property
     def breakdown(self) -> dict[str, list[tuple[str, int, list[Estimate | None]]]]:
         """The deciding score by tag, over all seeds together: tag -> (value, questions, an estimate for each model)."""
         table: dict[str, list[tuple[str, int, list[Estimate | None]]]] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from alignkit.evaluation.statistics import Estimate
@@ -31,6 +31,11 @@ FULL_MARKS = {"judge": 10.0}
 def is_estimate(value: Any) -> TypeGuard[Estimate]:
     """Whether an entry of a manifest's metrics is a mean with its interval."""
     return isinstance(value, Mapping) and {"mean", "low", "high"} <= value.keys()
+
+
+def estimated(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every key that holds an estimate in any of the entries, in order of appearance."""
+    return list(dict.fromkeys(name for each in entries for name, value in each.items() if is_estimate(value)))
 
 
 def title(score: str) -> str:

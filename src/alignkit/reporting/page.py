@@ -98,7 +98,7 @@ def _sections(values: dict[str, Any]) -> list[Section]:
         Section("scores", "Scores", has["held_out"]),
         Section("rounds", "Rounds", bool(values["rounds"])),
         Section("samples", "Samples", has["held_out"]),
-        Section("breakdown", "Breakdown", bool(held_out and held_out.breakdown())),
+        Section("breakdown", "Breakdown", bool(held_out and held_out.breakdown)),
         Section("training", "Training", has["losses"]),
         Section("reward", "Reward model", bool(values["rewards"] or values["best_of_n"])),
         Section("selection", "Selection", has["selections"]),

@@ -167,7 +167,7 @@ def _value(value: Any) -> str:
 
 
 def _rounded(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.4g}")
+    return None if value is None else float(f"{value:.3g}")
 
 
 def _size(entry: Any) -> int:
