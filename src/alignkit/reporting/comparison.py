@@ -19,6 +19,8 @@ from alignkit.reporting.summary import FORMAT
 from alignkit.reporting.templating import style
 
 _INCIDENTAL = (*StageConfig.incidental, "seed", "inputs")
+_WORDS = {"helped": "better", "hurt": "worse", "did not help": "no difference", "not compared": "not compared"}
+"""What a verdict about a stage is called between runs."""
 NO_STEP, NO_KEY = "no such step", "not set"
 
 
@@ -76,7 +78,7 @@ def markdown(found: dict[str, Any]) -> str:
             [
                 code(system["title"]),
                 code(measures.title(score)),
-                *(_cell(score, each.get(score)) for each in system["by_run"]),
+                *(measures.interval(score, each[score]) if score in each else "–" for each in system["by_run"]),
             ]
             for system in found["systems"]
             for score in found["scores"]
@@ -89,13 +91,13 @@ def markdown(found: dict[str, Any]) -> str:
                 code(each["title"]),
                 code(measures.title(name)),
                 measures.interval(name, value, sign=True),
-                verdict(value),
+                _WORDS[verdict(value)],
             ]
             for each in found["differences"]
             for name, value in each.items()
             if measures.is_estimate(value)
         ]
-        header = ["Run", "Model", "Score", f"Over {labels[0]}", "So it"]
+        header = ["Run", "Model", "Score", f"Over {labels[0]}", "It is"]
         parts.append("## Differences to the first run\n\n" + table(header, rows))
     parts += [f"- {code(remark, in_table=False)}\n" for remark in found["remarks"]]
     rows = [[code(each["step"]), code(each["key"]), *map(code, each["values"])] for each in found["settings"]]
@@ -205,7 +207,7 @@ def _differences(labels: Sequence[str], found: Sequence[HeldOut | None]) -> tupl
                 known = compare(rows, "new", "old")
                 line = {**known, "run": label, "title": title, "new": new, "old": old, "questions": len(rows)}
                 differences.append(
-                    {**line, "left_out": len(asked) - len(rows), "verdict": verdict(known.get(other.main))}
+                    {**line, "left_out": len(asked) - len(rows), "verdict": _WORDS[verdict(known.get(other.main))]}
                 )
     return differences, remarks
 
