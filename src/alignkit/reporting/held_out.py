@@ -146,8 +146,14 @@ class HeldOut:
             by_seed.append({**compare(both, new, old), "left_out": left_out} if both else None)
         title = f"{self.title(new)} over {self.title(old)}"
         both = [row for rows in self.predictions for row in _with(rows, new, old)]
-        pooled = compare(both, new, old) if both else {}
+        alone = by_seed[0] if len(by_seed) == 1 else None
+        pooled = alone or (compare(both, new, old) if both else {})
         return Gain(title, self._role(new, old), new, old, self.main, pooled, by_seed)
+
+    @cached_property
+    def overall(self) -> Gain | None:
+        """The last model of the ladder against the first; None where there is only one."""
+        return self.gain(self.ladder[-1], self.ladder[0]) if len(self.ladder) > 1 else None
 
     @cached_property
     def gains(self) -> list[Gain]:

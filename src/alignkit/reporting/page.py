@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 
+MOST_BYTES, OTHER_BYTES = 4_900_000, 250_000
+"""Of a page, and of what is on it besides figures and samples."""
+
+
 @dataclass(frozen=True)
 class Section:
     """A section of the page: the name of its template and anchor, its title, and whether this run has data for it."""
@@ -36,10 +40,10 @@ def render_page(runs: Sequence[Run], held_out: HeldOut | None, rounds: Rounds | 
 
     `held_out` is None before any evaluation, and `rounds` where there were none.
     """
+    rest = {**_about_the_run(runs), **_about_training(runs, held_out, rounds), **_about_scores(held_out)}
     values = {
-        **_about_the_run(runs),
-        **_about_answers(held_out),
-        **_about_training(runs, held_out, rounds),
+        **rest,
+        **_about_samples(held_out, MOST_BYTES - OTHER_BYTES - _bytes(rest)),
         "run": runs[0],
         "runs": runs,
         "held_out": held_out,
@@ -67,7 +71,7 @@ def environment() -> Environment:
 def headline(held_out: HeldOut) -> dict[str, Any]:
     """The first rung against the last: scores over all seeds, the gain, and whether it may be called one."""
     score, first, last = held_out.main, held_out.ladder[0], held_out.ladder[-1]
-    gain = held_out.gain(last, first) if first != last else None
+    gain = held_out.overall
     before, after = held_out.pooled(first, score), held_out.pooled(last, score)
     difference = gain.pooled.get(score) if gain else None
     return {
@@ -132,20 +136,36 @@ def _about_the_run(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _about_answers(held_out: HeldOut | None) -> dict[str, Any]:
+def _about_samples(held_out: HeldOut | None, most_bytes: int) -> dict[str, Any]:
+    """The samples that there is room for, and the script that shows them."""
+    from markupsafe import Markup
+
+    samples = read_samples(held_out, most_bytes) if held_out else None
+    return {
+        "samples": samples,
+        "samples_data": as_data(samples.data) if samples else None,
+        "script": script() if samples else Markup(),
+    }
+
+
+def _bytes(value: Any) -> int:
+    """How much the texts in it take, figures above all."""
+    if isinstance(value, str):
+        return len(value.encode("utf-8", "replace"))
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(map(_bytes, parts))
+
+
+def _about_scores(held_out: HeldOut | None) -> dict[str, Any]:
     """What the evaluations say; empty values before any."""
     from markupsafe import Markup
 
-    samples = read_samples(held_out) if held_out else None
     return {
         "headline": headline(held_out) if held_out else None,
         "percent": measures.is_share(held_out.main) if held_out else True,
         "full_marks": measures.FULL_MARKS.get(held_out.main, 1.0) if held_out else 1.0,
         "figures": {name: Markup(svg) for name, svg in charts.evaluation_figures(held_out).items()} if held_out else {},
         "remarks": [line for gain in held_out.gains for line in gain.pooled.get("in_words", [])] if held_out else [],
-        "samples": samples,
-        "samples_data": as_data(samples.data) if samples else None,
-        "script": script() if samples else Markup(),
         "answers": answer_lengths(held_out) if held_out else [],
     }
 

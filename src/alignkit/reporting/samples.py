@@ -14,8 +14,6 @@ from alignkit.reporting.held_out import GROUPS, HeldOut, in_turn
 from alignkit.reporting.measures import FULL_MARKS, title
 from alignkit.reporting.plain import visible
 
-MOST_BYTES = 3_600_000
-"""Of all samples of a page, which itself shall stay below 5 MB."""
 MOST_CHARACTERS = 1200
 """Of one text on the page; the whole text is in predictions.jsonl."""
 MOST_PASSAGES, PASSAGE_CHARACTERS = 4, 240
@@ -44,7 +42,7 @@ class Samples:
         return len(self.data["rows"])
 
 
-def read_samples(held_out: HeldOut, most_bytes: int = MOST_BYTES) -> Samples:
+def read_samples(held_out: HeldOut, most_bytes: int = 4_000_000) -> Samples:
     """As many questions as `most_bytes` hold, those of one group and form after those of another, in file order."""
     predictions = held_out.predictions[0]
     models = [*held_out.ladder, *(name for name in held_out.models if name not in held_out.ladder)]
