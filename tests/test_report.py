@@ -415,7 +415,10 @@ def test_samples_follow_their_rule(runs: Path) -> None:
     by_id = {row.id: row for row in held_out.predictions[0]}
     for sample in samples.data["rows"]:
         first, last = (by_id[sample["id"]].answers[model].scores["exact_match"] for model in ("base", "dpo"))
-        assert sample["g"] == {(0, 1): "better", (1, 0): "worse", (1, 1): "right", (0, 0): "wrong"}[first, last]
+        assert (
+            sample["g"]
+            == {(0.0, 1.0): "better", (1.0, 0.0): "worse", (1.0, 1.0): "right", (0.0, 0.0): "wrong"}[first, last]
+        )
         assert sorted(number for each in sample["a"] for number in each["by"]) == list(range(6))
     at_once = {"better": 4, "worse": 4, "wrong": 2, "right": 2}
     wanted = [group for group, most in at_once.items() for _ in range(min(most, samples.counts[group]))]

@@ -10,7 +10,7 @@ from alignkit.evaluation.statistics import Estimate
 from alignkit.reporting import charts, costs, flow, measures, tables
 from alignkit.reporting.answer_lengths import answer_lengths, training_lengths
 from alignkit.reporting.held_out import HeldOut
-from alignkit.reporting.rewards import best_of_n_gains, reward_sections
+from alignkit.reporting.rewards import RewardSection, best_of_n_gains, reward_sections
 from alignkit.reporting.rounds import Rounds
 from alignkit.reporting.runs import Run, read_aside
 from alignkit.reporting.samples import read_samples
@@ -152,6 +152,7 @@ def _bytes(value: Any) -> int:
     """How much the texts in it take, figures above all."""
     if isinstance(value, str):
         return len(value.encode("utf-8", "replace"))
+    value = vars(value) if isinstance(value, RewardSection) else value
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     return sum(map(_bytes, parts))
 

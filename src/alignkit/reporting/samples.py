@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from alignkit.reporting.differences import word_differences
 from alignkit.reporting.held_out import GROUPS, HeldOut, in_turn
 from alignkit.reporting.measures import FULL_MARKS, title
 from alignkit.reporting.plain import visible
+from alignkit.reporting.templating import as_data
 
 MOST_CHARACTERS = 1200
 """Of one text on the page; the whole text is in predictions.jsonl."""
@@ -169,4 +169,4 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _size(entry: Any) -> int:
-    return len(json.dumps(entry, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"))
+    return len(as_data(entry).encode("utf-8", "replace")) + 1
