@@ -188,7 +188,7 @@ def test_a_phone_never_scrolls_sideways(browser: Browser, output: Path) -> None:
     browser.open(output / "report.html", width=360, height=740)
     assert browser.value("document.documentElement.scrollWidth") == 360
     wide = (
-        "[...document.querySelectorAll('main *')].filter(each => !each.closest('.scroll, pre')"
+        "[...document.querySelectorAll('main *')].filter(each => !each.closest('.scroll, figure, pre')"
         " && each.getBoundingClientRect().right > 361).map(each => each.outerHTML.slice(0, 80))"
     )
     assert browser.value(wide) == []
