@@ -21,7 +21,8 @@ from alignkit.core.app import run_command
 from alignkit.core.config import RowsConfig
 from alignkit.core.records import RetrievalExample
 from alignkit.data.sources import read_retrieval
-from alignkit.evaluation.retriever_gain import CUT_OFF, ndcg
+from alignkit.evaluation.retrieval_metrics import ndcg
+from alignkit.evaluation.retriever_gain import CUT_OFF
 from alignkit.evaluation.statistics import bootstrap_mean
 from alignkit.retrieval.bm25 import BM25Index
 

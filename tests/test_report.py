@@ -24,6 +24,7 @@ from alignkit.report import run
 from alignkit.reporting.charts import loss_figures, preference_figures
 from alignkit.reporting.held_out import Roles, read_held_out
 from alignkit.reporting.runs import Run, Step, read_run
+from alignkit.reporting.samples import read_samples
 from alignkit.reporting.tables import teacher_statement
 
 RATES = {"base": 0.42, "sft": 0.66, "sft_best": 0.74, "dpo": 0.78, "sft_control": 0.665, "sft_grader": 0.86}
@@ -201,7 +202,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags[tag] += 1
-        if tag not in ("meta", "use", "path", "br"):
+        if tag not in ("meta", "use", "path", "br", "rect", "input"):
             self.open.append(tag)
         for name, value in attrs:
             if name == "id":
@@ -210,13 +211,14 @@ class Page(HTMLParser):
                 self.targets.append(value or "")
 
     def handle_endtag(self, tag: str) -> None:
-        assert not self.open or tag in ("meta", "use", "path") or self.open.pop() == tag
+        assert not self.open or tag in ("meta", "use", "path", "rect", "input") or self.open.pop() == tag
 
 
 def test_the_page_needs_nothing_but_itself(page: str) -> None:
     found = Page(page)
     assert found.open == []
-    assert not {"script", "link", "iframe", "img", "object", "embed", "form"} & set(found.tags)
+    assert not {"link", "iframe", "img", "object", "embed"} & set(found.tags)
+    assert found.tags["script"] == 2  # the samples as data, and the one script that shows them
     assert all(target.startswith("#") for target in found.targets)
     assert "@import" not in page
     assert all(address.startswith("#") for address in re.findall(r"url\(([^)]*)\)", page))
@@ -233,7 +235,8 @@ def test_ids_are_unique_and_every_reference_has_its_target(page: str) -> None:
 
 def test_figures_have_text_alternatives_and_the_colours_of_the_page(page: str) -> None:
     svgs = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    assert len(svgs) == 3 + 6 + 1 + 2  # ladder, grades, gains; losses; accuracy; best of n by score and by grade
+    # the pipeline; ladder, grades, gains; losses; accuracy; best of n by score and by grade
+    assert len(svgs) == 1 + 3 + 6 + 1 + 2
     for svg in svgs:
         assert 'role="img"' in svg
         assert "<title id=" in svg
@@ -256,7 +259,8 @@ def test_the_numbers_are_those_of_the_predictions(runs: Path, page: str) -> None
 
 
 def test_the_sections_are_there_and_the_teacher_is_called_what_it_is(page: str) -> None:
-    anchors = ("stages", "gains", "ladder", "training", "reward", "breakdown", "samples", "checks", "lineage", "method")
+    anchors = ("stages", "gains", "scores", "training", "reward", "breakdown", "samples", "lengths", "checks", "cost",
+               "memory", "lineage", "reproduce", "method")  # fmt: skip
     assert all(f'<section id="{anchor}">' in page for anchor in anchors)
     assert "Teacher and grader of this run are scripted" in page
     assert "15 % of the training answers are wrong on purpose" in page
@@ -356,7 +360,8 @@ def test_texts_of_models_and_names_cannot_break_the_page(tmp_path: Path) -> None
     config.titles["sft"] = evil
     run(config)
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "<script" not in page
+    assert Page(page).tags["script"] == 2
+    assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)" in page
     assert Page(page).open == []
 
@@ -405,19 +410,20 @@ def test_samples_follow_their_rule(runs: Path) -> None:
     held_out = read_held_out([read_run(runs / "demo")], Roles(controls=["sft_control"], upper_bounds=["sft_grader"]))
     assert held_out is not None
     assert held_out.ladder == ["base", "sft", "sft_best", "dpo"]
-    chosen, groups = held_out.samples()
-    assert sum(groups.values()) == 120
-    for sample in chosen:
-        right = [sample.row.answers[model].scores["exact_match"] for model in held_out.ladder]
-        expected = {
-            "improved": not right[0] and right[-1],
-            "broken": any(right) and not right[-1],
-            "still right": right[0] and right[-1],
-            "still wrong": not any(right),
-        }
-        assert [group for group, holds in expected.items() if holds] == [sample.group]
-        assert [model for models, _ in sample.answers for model in models] == held_out.ladder
-    improved = [sample.row.form for sample in chosen if sample.group == "improved"]
+    samples = read_samples(held_out)
+    assert sum(samples.counts.values()) == samples.total == samples.shown == 120
+    by_id = {row.id: row for row in held_out.predictions[0]}
+    for sample in samples.data["rows"]:
+        first, last = (by_id[sample["id"]].answers[model].scores["exact_match"] for model in ("base", "dpo"))
+        assert (
+            sample["g"]
+            == {(0.0, 1.0): "better", (1.0, 0.0): "worse", (1.0, 1.0): "right", (0.0, 0.0): "wrong"}[first, last]
+        )
+        assert sorted(number for each in sample["a"] for number in each["by"]) == list(range(6))
+    at_once = {"better": 4, "worse": 4, "wrong": 2, "right": 2}
+    wanted = [group for group, most in at_once.items() for _ in range(min(most, samples.counts[group]))]
+    assert [row["g"] for row in samples.first] == wanted
+    improved = [row["t"]["form"] for row in samples.first if row["g"] == "better"]
     assert len(set(improved)) == len(improved) == 4  # one form after the other
 
 

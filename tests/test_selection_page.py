@@ -330,7 +330,7 @@ def test_a_comparison_of_one_seed_and_of_a_score_that_is_no_share() -> None:
 
 def test_the_report_has_a_section_for_every_selection_with_an_audit(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "demo", stages=4)
-    assert 'id="selection"' not in report(folder, tmp_path / "before")
+    assert "No selection has left an audit." in report(folder, tmp_path / "before")
     (folder / "select" / AUDIT).write_text(json.dumps(make_audit(shown=200)), encoding="utf-8")
     (folder / "select2").mkdir()
     for name in ("manifest.json", "config.yaml", AUDIT):
@@ -338,6 +338,7 @@ def test_the_report_has_a_section_for_every_selection_with_an_audit(tmp_path: Pa
     page = report(folder, tmp_path / "after")
     found = sound(page)
     assert '<a href="#selection">Selection</a>' in page
+    assert "No selection has left an audit." not in page
     assert {"selection-0-map", "selection-1-map"} <= set(found.ids)
     assert "<h3>Funnel</h3>" in page
 

@@ -244,9 +244,9 @@ class Chat:
         """Something of our own."""
         from rich.text import Text
 
-        from alignkit.reporting.plain import harmless
+        from alignkit.reporting.plain import visible
 
-        self.console.print(Text(harmless(text)), style="dim", soft_wrap=True)
+        self.console.print(Text(visible(text)), style="dim", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -22,14 +22,15 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from alignkit.core.artifact import Artifact, read_manifest
 from alignkit.core.config import MISSING, StageConfig
 from alignkit.core.errors import UserError
+from alignkit.reporting.runs import numbers
 
 LOG = logging.getLogger("alignkit")
 
@@ -100,7 +101,7 @@ def read_jobs(folder: Path) -> list[JobResult]:
 def _read_job(path: Path) -> JobResult:
     job = json.loads(path.read_text(encoding="utf-8"))
     manifest = read_manifest(path.parent) if job["exit_code"] == 0 else None
-    flat = dict(_numbers((manifest or {}).get("metrics", {})))
+    flat = dict(numbers((manifest or {}).get("metrics", {})))
     return JobResult(
         varied=job["overrides"],
         status="complete" if manifest else f"failed: {job['error'] or 'see log.txt'}",
@@ -108,21 +109,6 @@ def _read_job(path: Path) -> JobResult:
         metrics={name: value for name, (value, _) in flat.items()},
         intervals={name: interval for name, (_, interval) in flat.items() if interval},
     )
-
-
-def _numbers(
-    metrics: Mapping[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, tuple[float, tuple[float, float] | None]]]:
-    """Dotted name, value and interval of every number in a manifest's metrics."""
-    for name, value in metrics.items():
-        if isinstance(value, bool):
-            continue
-        if isinstance(value, int | float):
-            yield f"{prefix}{name}", (value, None)
-        elif isinstance(value, Mapping) and {"mean", "low", "high"} <= value.keys():
-            yield f"{prefix}{name}", (value["mean"], (value["low"], value["high"]))
-        elif isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{name}.")
 
 
 def metric_names(jobs: Sequence[JobResult], wanted: Sequence[str]) -> list[str]:

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from alignkit.core.records import RetrievalExample
 from alignkit.core.retriever_config import TaskConfig
+from alignkit.evaluation.retrieval_metrics import ndcg
 from alignkit.evaluation.statistics import bootstrap_mean
 
 CUT_OFF = 10
 _QUERIES_AT_ONCE = 256
-
-
-def ndcg(found: Sequence[str], relevant: Collection[str], k: int) -> float:
-    """DCG / DCG of the best ranking (Järvelin and Kekäläinen, 2002), DCG@k = sum over i <= k of rel_i / log2(i + 1)."""
-    gained = sum(1 / math.log2(rank + 1) for rank, text in enumerate(found[:k], 1) if text in relevant)
-    return gained / sum(1 / math.log2(rank + 1) for rank in range(1, min(k, len(relevant)) + 1))
 
 
 def ndcg_of_each(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from alignkit.evaluation.statistics import Estimate
+from alignkit.reporting import measures
 from alignkit.reporting.figures import Curve, Interval, Rung, best_of_n, curves, intervals, ladder
 from alignkit.reporting.held_out import HeldOut
 from alignkit.reporting.runs import Run, Step
@@ -13,29 +14,30 @@ _TRAINING = ("sft", "reward", "dpo")
 
 
 def evaluation_figures(held_out: HeldOut) -> dict[str, str]:
-    """The ladder in exact match and in grades, and the gains; a figure without numbers is left out."""
+    """The ladder in the deciding score and in grades, and the gains; a figure without numbers is left out."""
     figures = {}
-    rungs = {score: _rungs(held_out, score) for score in ("exact_match", "judge")}
+    main = held_out.main
+    said, percent = measures.title(main).lower(), measures.is_share(main)
     figures["ladder"] = ladder(
-        "ladder", "Held-out exact match by stage", rungs["exact_match"], held_out.seeds, percent=True
+        "ladder", f"Held-out {said} by stage", _rungs(held_out, main), held_out.seeds, percent=percent
     )
-    if any(estimate for rung in rungs["judge"] for estimate in rung.estimates):
-        figures["grades"] = ladder(
-            "grades", "Grade from 0 to 10 by stage", rungs["judge"], held_out.seeds, percent=False
-        )
-    if held_out.gains:
+    grades = _rungs(held_out, "judge")
+    if main != "judge" and any(estimate for rung in grades for estimate in rung.estimates):
+        figures["grades"] = ladder("grades", "Grade from 0 to 10 by stage", grades, held_out.seeds, percent=False)
+    if percent and held_out.gains:
         figures["gains"] = intervals(
             "gains",
-            "Gain in exact match, in percentage points",
+            f"Gain in {said}, in percentage points",
             [
                 Interval(
                     gain.title,
                     held_out.colour(gain.new),
                     gain.estimates,
-                    gain.pooled["exact_match"],
+                    gain.pooled[main],
                     hollow=gain.role == "control",
                 )
                 for gain in held_out.gains
+                if main in gain.pooled
             ],
             [f"seed {seed}" for seed in held_out.seeds],
             reference=0.0,
@@ -44,47 +46,64 @@ def evaluation_figures(held_out: HeldOut) -> dict[str, str]:
     return figures
 
 
-def loss_figures(runs: Sequence[Run], held_out: HeldOut | None) -> list[tuple[str, str]]:
-    """The training loss of each training step of the first run, and its held-out loss, by seed: (step, figure)."""
-    figures: list[tuple[str, str]] = []
+def loss_curves(runs: Sequence[Run], held_out: HeldOut | None = None) -> list[tuple[str, list[Curve]]]:
+    """The training loss of each training step of the first run, and its held-out loss, by seed: (step, curves)."""
+    kinds = (("loss", ""), ("held_out_loss", ", held out"))
+    found = []
     for step in runs[0].of_stage(*_TRAINING):
-        lines = []
-        for place, run in enumerate(runs):
-            other = run.step(step.name)
-            rows = list(other.rows("loss.jsonl")) if other else []
-            for key, title, colour in (("loss", "", _colour(step, held_out)), ("held_out_loss", ", held out", "muted")):
-                points = [(row["step"], row[key]) for row in rows if key in row]
-                if points:
-                    xs, ys = zip(*points, strict=True)
-                    lines.append(Curve(f"seed {run.seed}{title}", colour, xs, ys, dashed=place > 0))
+        lines = [
+            Curve(f"seed {run.seed}{said}", "muted" if said else _colour(step, held_out), xs, ys, dashed=place > 0)
+            for place, run in enumerate(runs)
+            for key, said in kinds
+            for xs, ys in _logged(run, step.name, key)
+        ]
         if lines:
-            title = f"Training loss of {step.name}"
-            figures.append((step.name, curves(f"loss-{len(figures)}", title, lines, x_label="optimizer step")))
-    return figures
+            found.append((step.name, lines))
+    return found
+
+
+def loss_figures(runs: Sequence[Run], held_out: HeldOut | None) -> list[tuple[str, str]]:
+    """`loss_curves` drawn: (step, figure)."""
+    return [
+        (name, curves(f"loss-{number}", f"Training loss of {name}", lines, x_label="optimizer step"))
+        for number, (name, lines) in enumerate(loss_curves(runs, held_out))
+    ]
+
+
+def preference_curves(runs: Sequence[Run]) -> list[tuple[str, list[Curve]]]:
+    """How each DPO step moved chosen and rejected answers, their rewards, and the margin: (title, curves)."""
+    kinds = (
+        ("log-ratio a token", {"chosen_log_ratio": ("chosen", "rung-3"), "rejected_log_ratio": ("rejected", "muted")}),
+        ("reward", {"chosen_reward": ("chosen", "rung-3"), "rejected_reward": ("rejected", "muted")}),
+        ("reward margin", {"reward_margin": ("margin", "rung-3")}),
+    )
+    found = []
+    for step in runs[0].of_stage("dpo"):
+        for said, keys in kinds:
+            lines = [
+                Curve(f"{name}, seed {run.seed}", colour, xs, ys, dashed=place > 0)
+                for place, run in enumerate(runs)
+                for key, (name, colour) in keys.items()
+                for xs, ys in _logged(run, step.name, key)
+            ]
+            if lines:
+                found.append((f"{step.name}: {said}", lines))
+    return found
 
 
 def preference_figures(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """How each DPO step moved chosen and rejected answers, and the margin between them: (title, figure)."""
-    figures: list[tuple[str, str]] = []
-    kinds = (
-        ("log-ratio a token", {"chosen_log_ratio": ("chosen", "rung-3"), "rejected_log_ratio": ("rejected", "muted")}),
-        ("reward margin", {"reward_margin": ("margin", "rung-3")}),
-    )
-    for step in runs[0].of_stage("dpo"):
-        for said, keys in kinds:
-            lines = []
-            for place, run in enumerate(runs):
-                other = run.step(step.name)
-                rows = list(other.rows("loss.jsonl")) if other else []
-                for key, (name, colour) in keys.items():
-                    points = [(row["step"], row[key]) for row in rows if key in row]
-                    if points:
-                        xs, ys = zip(*points, strict=True)
-                        lines.append(Curve(f"{name}, seed {run.seed}", colour, xs, ys, dashed=place > 0))
-            if lines:
-                title, name = f"{step.name}: {said}", f"preference-{len(figures)}"
-                figures.append((title, curves(name, title, lines, x_label="optimizer step")))
-    return figures
+    """`preference_curves` drawn: (title, figure)."""
+    return [
+        (name, curves(f"preference-{number}", name, lines, x_label="optimizer step"))
+        for number, (name, lines) in enumerate(preference_curves(runs))
+    ]
+
+
+def _logged(run: Run, name: str, key: str) -> list[tuple[Sequence[float], Sequence[float]]]:
+    """Optimizer steps and values of one key of a step's loss.jsonl, as the only entry; none where it is not there."""
+    step = run.step(name)
+    points = [(row["step"], row[key]) for row in step.rows("loss.jsonl") if key in row] if step else []
+    return [tuple(zip(*points, strict=True))] if points else []  # type: ignore[list-item]
 
 
 def reward_figures(runs: Sequence[Run]) -> list[tuple[str, str]]:

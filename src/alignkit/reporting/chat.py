@@ -15,7 +15,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from alignkit.reporting.plain import harmless
+from alignkit.reporting.plain import visible
 
 REFRESH_SECONDS = 0.1
 
@@ -45,7 +45,7 @@ class AnswerView:
             return
         for model, text in self.texts.items():
             note = f" [{self.notes[model]}]" if self.notes[model] else ""
-            self.console.print(Text(harmless(f"{model}> {text}{note}")), soft_wrap=True)
+            self.console.print(Text(visible(f"{model}> {text}{note}")), soft_wrap=True)
 
     def add(self, model: str, text: str) -> None:
         """More of an answer."""
@@ -63,7 +63,7 @@ def columns(texts: Mapping[str, str], notes: Mapping[str, str]) -> RenderableTyp
         table.add_column(ratio=1)
     table.add_row(
         *(
-            Panel(Text(harmless(text)), title=Text(model), subtitle=Text(harmless(notes[model])), title_align="left")
+            Panel(Text(visible(text)), title=Text(model), subtitle=Text(visible(notes[model])), title_align="left")
             for model, text in texts.items()
         )
     )

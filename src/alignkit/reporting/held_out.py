@@ -1,19 +1,26 @@
-"""What the evaluations of one or several seeds say together: the ladder of models, gains, breakdown, samples."""
+"""What the evaluations of one or several seeds say together: the ladder of models, gains, breakdown."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from alignkit.evaluation.predictions import TAGS, ModelAnswer, Prediction, compare, read_predictions
+from alignkit.evaluation.predictions import TAGS, Prediction, compare, read_predictions
 from alignkit.evaluation.statistics import Estimate, bootstrap_mean
+from alignkit.reporting.measures import FULL_MARKS, estimated
 from alignkit.reporting.runs import Run, Step
 
+MOST_VALUES = 40
+"""A tag with more values than that is not broken down."""
 KEPT = "kept"
 """What the report calls the policy that was kept of several rounds, beside its name in its round."""
+
+GROUPS = ("better", "worse", "wrong", "right", "unknown")
+"""What became of a question from the first model of the ladder to the last: got better, got worse, still wrong, still
+right; unknown where one of the two has no score."""
 
 Role = Literal["stage", "control", "upper bound", "against control"]
 
@@ -39,30 +46,26 @@ class Gain:
     title: str
     role: Role
     new: str
+    old: str
+    score: str
+    """The score that decides."""
     pooled: dict[str, Any]
     by_seed: list[dict[str, Any] | None]
 
     @property
     def estimates(self) -> list[Estimate | None]:
-        """The gain in exact match for each seed."""
-        return [each["exact_match"] if each else None for each in self.by_seed]
+        """The gain in the deciding score for each seed."""
+        return [each.get(self.score) if each else None for each in self.by_seed]
 
     @property
     def verdict(self) -> str:
-        """What the pooled interval of exact match allows to be said."""
-        estimate = self.pooled["exact_match"]
-        if estimate["low"] > 0:
-            return "helped"
-        return "hurt" if estimate["high"] < 0 else "did not help"
+        """What the pooled interval of the deciding score allows to be said."""
+        return verdict(self.pooled.get(self.score))
 
-
-@dataclass(frozen=True)
-class Sample:
-    """A held-out question with the answers of all rungs; equal answers of neighbouring rungs stand together."""
-
-    group: str
-    row: Prediction
-    answers: list[tuple[list[str], ModelAnswer]]
+    @property
+    def left_out(self) -> int:
+        """Questions, over all seeds, that only one of the two models answered."""
+        return sum(each.get("left_out", 0) for each in self.by_seed if each)
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,27 @@ class HeldOut:
             return "upper"
         return f"rung-{self.ladder.index(model) % 6}" if model in self.ladder else "muted"
 
+    @property
+    def scores(self) -> list[str]:
+        """Every score of the models that is an estimate."""
+        return estimated([each for metrics in self.metrics for each in metrics["models"].values()])
+
+    @property
+    def differences(self) -> list[str]:
+        """Every score that models were compared by."""
+        return estimated([each for metrics in self.metrics for each in metrics["comparisons"]])
+
+    @property
+    def measures(self) -> list[str]:
+        """Scores of single answers, higher is better: those that models are compared by, the deciding one first."""
+        found = self.differences or [name for name in ("exact_match", "judge") if name in self.scores]
+        return sorted((name for name in found if name in self.scores), key=lambda name: name != "exact_match")
+
+    @property
+    def main(self) -> str:
+        """The score that decides whether a stage helped: exact match, or else the first that there is."""
+        return next(iter(self.measures), self.scores[0])
+
     def by_seed(self, model: str, score: str) -> list[Estimate | None]:
         """A model's score for each seed; None where that seed's evaluation does not have it."""
         return [metrics["models"].get(model, {}).get(score) for metrics in self.metrics]
@@ -109,18 +133,27 @@ class HeldOut:
         """A model's score over all seeds together, with a bootstrap interval over statements; of one seed, its own."""
         if len(self.seeds) == 1:
             return self.by_seed(model, score)[0]
-        scored = [(row.score(model, score), row.cluster) for row in self._rows(model)]
+        scored = [(row.score(model, score), row.cluster) for row in self._rows()]
         known = [(value, cluster) for value, cluster in scored if value is not None]
         return bootstrap_mean([value for value, _ in known], [cluster for _, cluster in known]) if known else None
 
     def gain(self, new: str, old: str) -> Gain:
         """`new` against `old`, over all seeds together and for each of them."""
-        by_seed = [
-            compare(rows, new, old) if rows and {new, old} <= rows[0].answers.keys() else None
-            for rows in self.predictions
-        ]
+        by_seed = []
+        for rows in self.predictions:
+            both = _with(rows, new, old)
+            left_out = sum((new in row.answers) != (old in row.answers) for row in rows)
+            by_seed.append({**compare(both, new, old), "left_out": left_out} if both else None)
         title = f"{self.title(new)} over {self.title(old)}"
-        return Gain(title, self._role(new, old), new, compare(self._rows(new, old), new, old), by_seed)
+        both = [row for rows in self.predictions for row in _with(rows, new, old)]
+        alone = by_seed[0] if len(by_seed) == 1 else None
+        pooled = alone or (compare(both, new, old) if both else {})
+        return Gain(title, self._role(new, old), new, old, self.main, pooled, by_seed)
+
+    @cached_property
+    def overall(self) -> Gain | None:
+        """The last model of the ladder against the first; None where there is only one."""
+        return self.gain(self.ladder[-1], self.ladder[0]) if len(self.ladder) > 1 else None
 
     @cached_property
     def gains(self) -> list[Gain]:
@@ -134,41 +167,33 @@ class HeldOut:
         order: tuple[Role, ...] = ("stage", "control", "against control", "upper bound")
         return sorted((self.gain(new, old) for new, old in pairs), key=lambda gain: order.index(gain.role))
 
-    def breakdown(self) -> dict[str, list[tuple[str, int, list[Estimate]]]]:
-        """Exact match by tag, over all seeds together: tag -> (value, questions, an estimate for each model)."""
-        table: dict[str, list[tuple[str, int, list[Estimate]]]] = {}
+    @cached_property
+    def breakdown(self) -> dict[str, list[tuple[str, int, list[Estimate | None]]]]:
+        """The deciding score by tag, over all seeds together: tag -> (value, questions, an estimate for each model)."""
+        table: dict[str, list[tuple[str, int, list[Estimate | None]]]] = {}
         for tag in TAGS:
             by_value: dict[str, list[Prediction]] = {}
             for row in self._rows():
                 if (value := getattr(row, tag)) is not None:
                     by_value.setdefault(str(value), []).append(row)
+            if len(by_value) > MOST_VALUES:
+                continue
             for value, rows in by_value.items():
-                estimates = [
-                    _exact_match([row for row in rows if model in row.answers], model) for model in self.models
-                ]
+                estimates = [_mean(rows, model, self.main) for model in self.models]
                 table.setdefault(tag, []).append((value, len({row.id for row in rows}), estimates))
         return table
 
-    def samples(self) -> tuple[list[Sample], dict[str, int]]:
-        """About twelve questions of the first run, and how many of each kind there are.
+    def group(self, row: Prediction) -> str:
+        """What became of a question from the first model of the ladder to the last, one of `GROUPS`."""
+        first, last = (row.score(self.ladder[place], self.main) for place in (0, -1))
+        if first is None or last is None:
+            return "unknown"
+        if first != last:
+            return "better" if last > first else "worse"
+        return "right" if last >= FULL_MARKS.get(self.main, 1.0) else "wrong"
 
-        A question is "improved" when the first rung got it wrong and the last right, "broken" when an earlier rung got
-        it right and the last wrong, else "still right" or "still wrong". Of these the first 4, 4, 2 and 2 in file order
-        are taken, one form of question after the other.
-        """
-        groups: dict[str, list[Prediction]] = {"improved": [], "broken": [], "still wrong": [], "still right": []}
-        for row in self.predictions[0]:
-            groups[self._group(row)].append(row)
-        wanted = {"improved": 4, "broken": 4, "still wrong": 2, "still right": 2}
-        chosen = [
-            Sample(group, row, self._answers(row))
-            for group, rows in groups.items()
-            for row in _in_turn(rows)[: wanted[group]]
-        ]
-        return chosen, {group: len(rows) for group, rows in groups.items()}
-
-    def _rows(self, *models: str) -> list[Prediction]:
-        return [row for rows in self.predictions for row in rows if all(model in row.answers for model in models)]
+    def _rows(self) -> list[Prediction]:
+        return [row for rows in self.predictions for row in rows]
 
     def _role(self, new: str, old: str) -> Role:
         if old in self.roles.controls:
@@ -176,22 +201,6 @@ class HeldOut:
         if new in self.roles.controls:
             return "control"
         return "upper bound" if new in self.roles.upper_bounds else "stage"
-
-    def _group(self, row: Prediction) -> str:
-        right = [row.score(model, "exact_match") == 1 for model in self.ladder if model in row.answers]
-        if right[-1]:
-            return "still right" if right[0] else "improved"
-        return "broken" if any(right) else "still wrong"
-
-    def _answers(self, row: Prediction) -> list[tuple[list[str], ModelAnswer]]:
-        told: list[tuple[list[str], ModelAnswer]] = []
-        for model in [name for name in self.ladder if name in row.answers]:
-            answer = row.answers[model]
-            if told and told[-1][1].text == answer.text:
-                told[-1][0].append(model)
-            else:
-                told.append(([model], answer))
-        return told
 
 
 def read_held_out(runs: Sequence[Run], roles: Roles) -> HeldOut | None:
@@ -235,18 +244,35 @@ def _with_kept(
         "models": {**metrics["models"], KEPT: metrics["models"][kept]},
         "comparisons": [*metrics["comparisons"], {"new": KEPT, "old": start}],
     }
-    rows = [row.model_copy(update={"answers": {**row.answers, KEPT: row.answers[kept]}}) for row in predictions]
+    rows = [
+        row.model_copy(update={"answers": {**row.answers, KEPT: row.answers[kept]}}) if kept in row.answers else row
+        for row in predictions
+    ]
     return metrics | more, rows
 
 
-def _exact_match(rows: Sequence[Prediction], model: str) -> Estimate:
-    return bootstrap_mean([row.answers[model].scores["exact_match"] for row in rows], [row.cluster for row in rows])
+def verdict(estimate: Estimate | None) -> str:
+    """What the interval of a difference allows to be said."""
+    if estimate is None:
+        return "not compared"
+    if estimate["low"] > 0:
+        return "helped"
+    return "hurt" if estimate["high"] < 0 else "did not help"
 
 
-def _in_turn(rows: Sequence[Prediction]) -> list[Prediction]:
-    """Rows in file order, but one of each form (or kind) after the other."""
-    by_form: dict[str | None, list[Prediction]] = {}
+def in_turn(rows: Sequence[Prediction], group: Callable[[Prediction], str] | None = None) -> list[Prediction]:
+    """Rows in file order, but one of each form (or kind), and of each `group` of it, after the other."""
+    by_form: dict[tuple[str | None, str | None], list[Prediction]] = {}
     for row in rows:
-        by_form.setdefault(row.form or row.kind, []).append(row)
+        by_form.setdefault((group(row) if group else None, row.form or row.kind), []).append(row)
     rounds = max((len(each) for each in by_form.values()), default=0)
     return [each[turn] for turn in range(rounds) for each in by_form.values() if turn < len(each)]
+
+
+def _with(rows: Sequence[Prediction], *models: str) -> list[Prediction]:
+    return [row for row in rows if all(model in row.answers for model in models)]
+
+
+def _mean(rows: Sequence[Prediction], model: str, score: str) -> Estimate | None:
+    known = [(value, row.cluster) for row in rows if (value := row.score(model, score)) is not None]
+    return bootstrap_mean([value for value, _ in known], [cluster for _, cluster in known]) if known else None

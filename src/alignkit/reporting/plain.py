@@ -1,4 +1,4 @@
-"""Text that others wrote, made harmless: one line without control characters, and a code span in Markdown."""
+"""Text that others wrote, made harmless: on one line or several, without control characters; as code in Markdown."""
 
 from __future__ import annotations
 
@@ -18,9 +18,15 @@ def one_line(text: str, most: int = 1000) -> str:
     return shown if len(shown) <= most and len(text) <= 4 * most else f"{shown[:most]}…"
 
 
-def harmless(text: str) -> str:
-    """A text on its lines; but for line ends and tabs, what a terminal would obey is shown as �."""
-    return "".join(character if character in "\n\t" else _visible(character) for character in text)
+def visible(text: str, most: int | None = None) -> str:
+    """A text, or its first `most` characters, on its own lines; what would act rather than show is shown as a symbol.
+
+    Control characters become their pictures (NUL is ␀), other format characters their number (U+202E is ⟨U+202E⟩), so
+    no text can turn the direction of what stands beside it. A cut text ends in an ellipsis.
+    """
+    kept = text[:most].replace("\r\n", "\n")
+    shown = kept if kept.isascii() and kept.isprintable() else "".join(map(_symbol, kept))
+    return shown if most is None or len(text) <= most else f"{shown}…"
 
 
 def code(text: str, *, in_table: bool = True) -> str:
@@ -33,6 +39,24 @@ def code(text: str, *, in_table: bool = True) -> str:
     return f"{fence}{space}{shown}{space}{fence}"
 
 
+def code_block(text: str, most: int = 10_000) -> str:
+    """A text as a fenced block in Markdown, which nothing in it can end."""
+    shown = visible(text, most)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", shown)), default=0))
+    return f"{fence}text\n{shown}\n{fence}"
+
+
 def _visible(character: str) -> str:
     harmless = character in _JOINERS or unicodedata.category(character) not in ("Cc", "Cf", "Co", "Cs")
     return character if harmless else "\ufffd"
+
+
+def _symbol(character: str) -> str:
+    if character in "\n\t" or character in _JOINERS:
+        return character
+    number, category = ord(character), unicodedata.category(character)
+    if number < 0x20:
+        return chr(0x2400 + number)
+    if number == 0x7F:
+        return "\u2421"
+    return f"⟨U+{number:04X}⟩" if category in ("Cc", "Cf", "Co", "Cs", "Zl", "Zp") else character

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,10 @@ class Run:
         """The complete step of that name, if there is one."""
         return next((step for step in self.steps if step.name == name and step.complete), None)
 
+    def any_step(self, name: str) -> Step | None:
+        """The step of that name, complete or not, if there is one."""
+        return next((step for step in self.steps if step.name == name), None)
+
     def of_stage(self, *stages: str) -> list[Step]:
         """The complete steps of these stages."""
         return [step for step in self.steps if step.stage in stages and step.complete]
@@ -86,9 +90,18 @@ class Run:
 
 
 def manifests(folder: Path) -> list[Path]:
-    """The manifests of the run folder's steps, by name; those of stages that only tell about others are left out."""
-    found = sorted(folder.glob(f"*/{MANIFEST}"))
+    """The manifests of the run folder's steps, by name; those of stages that only tell about others are left out.
+
+    The folder of a single step, such as a job of a sweep, is a run of that step.
+    """
+    found = sorted(folder.glob(f"*/{MANIFEST}")) or sorted(folder.glob(MANIFEST))
     return [path for path in found if (read_manifest(path.parent) or {})["stage"] not in _WITHOUT_A_PLACE]
+
+
+def compared_folders(folders: Sequence[str]) -> list[Path]:
+    """The folders of the runs to compare: the jobs, finished or not, of a folder that holds those of a sweep."""
+    jobs = [(Path(folder), sorted(path.parent for path in Path(folder).glob("*/job.json"))) for folder in folders]
+    return [each for folder, found in jobs for each in (found or [folder])]
 
 
 def read_run(folder: Path) -> Run:
@@ -99,6 +112,27 @@ def read_run(folder: Path) -> Run:
     if not steps:
         raise UserError(f"{folder}: no stage has been run here yet (no */{MANIFEST}), so there is nothing to report")
     return Run(folder, _in_order(Run(folder, sorted(steps, key=lambda step: step.manifest["started"]))))
+
+
+def numbers(
+    metrics: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, tuple[float, tuple[float, float] | None]]]:
+    """Dotted name, value and interval of every number in a manifest's metrics."""
+    for name, value in metrics.items():
+        if isinstance(value, bool):
+            continue
+        if isinstance(value, int | float):
+            yield f"{prefix}{name}", (value, None)
+        elif isinstance(value, Mapping) and {"mean", "low", "high"} <= value.keys():
+            yield f"{prefix}{name}", (value["mean"], (value["low"], value["high"]))
+        elif isinstance(value, Mapping):
+            yield from numbers(value, f"{prefix}{name}.")
+
+
+def read_aside(folder: Path, stage: str) -> list[Step]:
+    """The steps of a stage that tells about the others and is no step of the run itself, such as `preflight`."""
+    found = sorted(folder.glob(f"*/{MANIFEST}"))
+    return [_read_step(path.parent) for path in found if (read_manifest(path.parent) or {})["stage"] == stage]
 
 
 def _read_step(folder: Path) -> Step:

@@ -34,19 +34,6 @@ def stage_table(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def memory_table(run: Run) -> list[dict[str, Any]]:
-    """A line for each step whose peak was predicted before it began and measured on a GPU: bytes, and their ratio."""
-    lines = []
-    for step in run.steps:
-        predicted = step.metrics.get("predicted_memory_bytes")
-        measured = step.manifest.get("peak_gpu_memory_bytes", 0)
-        if predicted and measured:
-            lines.append(
-                {"name": step.name, "predicted": predicted, "measured": measured, "ratio": predicted / measured}
-            )
-    return lines
-
-
 def check_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """A line for each check of each step: its result for every run (None where it was not made) and its detail."""
     lines: dict[tuple[str, str], dict[str, Any]] = {}
@@ -85,7 +72,7 @@ def lineage(run: Run) -> list[dict[str, Any]]:
 
 def teacher_statement(run: Run) -> str:
     """Who wrote and graded in this run, in plain words; empty when nobody did."""
-    steps = [step for step in run.steps if _asks_teacher(step)]
+    steps = [step for step in run.steps if asks_teacher(step)]
     modes = {str(step.config["teacher"].get("mode")) for step in steps}
     if modes == {"scripted"}:
         return (
@@ -144,7 +131,7 @@ def _on_purpose(steps: Sequence[Step]) -> str:
     return f" ({100 * max(rates):.0f} % of the training answers are wrong on purpose)" if any(rates) else ""
 
 
-def _asks_teacher(step: Step) -> bool:
+def asks_teacher(step: Step) -> bool:
     """Whether a step's configuration makes it ask the teacher, rather than merely hold one."""
     config = step.config
     asked = {

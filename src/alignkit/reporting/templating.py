@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alignkit.evaluation.statistics import Estimate
-from alignkit.reporting.plain import one_line
+from alignkit.reporting.plain import one_line, visible
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -36,7 +39,10 @@ def open_environment() -> Environment:
         "gibibytes": gibibytes,
         "count": count,
         "shortened": one_line,
+        "visible": visible,
+        "number": number,
     }
+    environment.globals["policy"] = policy
     return environment
 
 
@@ -45,6 +51,36 @@ def style() -> Markup:
     from markupsafe import Markup
 
     return Markup((_TEMPLATES / "style.css").read_text(encoding="utf-8"))
+
+
+def script() -> Markup:
+    """The one script that a page may carry: the browser of the report's samples."""
+    from markupsafe import Markup
+
+    return Markup((_TEMPLATES / "report.js").read_text(encoding="utf-8"))
+
+
+def policy(script: str = "") -> Markup:
+    """The content-security policy of a page: it fetches nothing, goes nowhere, and runs `script` or nothing.
+
+    A script is allowed by the hash of its text, and may not make markup of text (Trusted Types). Styles need
+    'unsafe-inline', since a hash does not cover the style attributes of bars and figures; with every source of images
+    and fonts forbidden no style can ask for anything.
+    """
+    from markupsafe import Markup
+
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    scripts = f"script-src 'sha256-{digest}'; " if script else ""
+    rest = "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    return Markup(f"default-src 'none'; {scripts}{rest}; require-trusted-types-for 'script'; trusted-types 'none'")
+
+
+def as_data(value: Any) -> Markup:
+    """JSON for a data block of a page: no text in it can end the block."""
+    from markupsafe import Markup
+
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c"))
 
 
 def percent(value: float, digits: int = 1) -> str:
@@ -82,3 +118,8 @@ def gibibytes(size: float) -> str:
 def count(value: int) -> str:
     """A whole number with thousands set apart: "12,400"."""
     return f"{value:,}"
+
+
+def number(value: float, digits: int = 2) -> str:
+    """A number with so many digits behind the point and a true minus sign."""
+    return f"{value:,.{digits}f}".replace("-", MINUS)
