@@ -25,7 +25,7 @@ from alignkit.generation.base import greedily
 from alignkit.generation.hf import load_generator
 from alignkit.models.reward_model import RewardModel
 from alignkit.reporting.chat import AnswerView
-from alignkit.reporting.plain import harmless
+from alignkit.reporting.plain import visible
 
 
 @pytest.fixture(scope="module")
@@ -127,13 +127,11 @@ def test_models_answer_turn_by_turn_side_by_side_with_rewards(
     under = greedy(models, "sft", [Message(role="system", content="Be brief."), *user("Hello")])
     reward = RewardModel.from_pretrained(models.reward).score([{"messages": conversation("And you?", sft)}])[0]
     assert (
-        said.index(f"dpo> {harmless(first)}")
-        < said.index(f"sft> {harmless(sft)}")
-        < said.index(f"dpo> {harmless(dpo)}")
+        said.index(f"dpo> {visible(first)}") < said.index(f"sft> {visible(sft)}") < said.index(f"dpo> {visible(dpo)}")
     )
-    assert f"sft> {harmless(sft)} [cut, reward {reward:+.2f}]" in said
+    assert f"sft> {visible(sft)} [cut, reward {reward:+.2f}]" in said
     assert "base  *sft  sft_best  *dpo" in said
-    assert f"sft> {harmless(under)}" in said
+    assert f"sft> {visible(under)}" in said
     assert "never read" not in said
     manifest = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["metrics"]["turns"] == 3
@@ -153,7 +151,7 @@ def test_what_cannot_be_answered_is_said_and_the_conversation_goes_on(
     assert "special token" in said
     assert "no model 'gpt'" in said
     assert "/dance is no command" in said
-    assert f"sft> {harmless(greedy(models, 'sft', user('Hello')))}" in said
+    assert f"sft> {visible(greedy(models, 'sft', user('Hello')))}" in said
     assert "reward" not in said
 
 
