@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_random import save_random_base
 
 from alignkit.core.app import load_config
-from alignkit.core.config import RowsConfig
+from alignkit.core.config import RetrievalConfig, RowsConfig
 from alignkit.core.errors import UserError
 from alignkit.core.journal import Journal
 from alignkit.core.records import QAExample
@@ -19,18 +21,18 @@ from alignkit.data.sources import read_questions
 from alignkit.evaluate import run
 from alignkit.evaluation.contexts import (
     ContextKind,
+    Library,
     PassagesConfig,
     Question,
     ask_noisy,
     ask_retrieved,
     exact_match_by_place,
-    open_retriever,
     pose,
     read_passages,
 )
 from alignkit.evaluation.predictions import ModelAnswer, Prediction, read_predictions
 from alignkit.retrieval.base import Found, Passage
-from alignkit.retrieval.in_memory import BM25Retriever
+from alignkit.retrieval.open import open_retriever
 
 CITIES = "Oslo Rome Bern Lima Cairo Paris Delhi Quito Hanoi Sofia Accra Minsk".split()
 
@@ -48,9 +50,13 @@ def passages(rows: Sequence[QAExample]) -> list[Passage]:
     return list(read_passages(PassagesConfig(), rows))
 
 
-def test_the_statement_stands_once_at_a_place_of_its_own_and_the_same_seed_gives_the_same() -> None:
+def library(folder: Path, **settings: Any) -> Library:
+    return Library(PassagesConfig(**settings), RetrievalConfig(), folder / "index")
+
+
+def test_the_statement_stands_once_at_a_place_of_its_own_and_the_same_seed_gives_the_same(tmp_path: Path) -> None:
     rows = [QAExample(**{**row.model_dump(), "id": f"{row.id}-{n}"}) for n in range(20) for row in examples()]
-    config = PassagesConfig(distractors=3, distractor_rank=0)
+    config = library(tmp_path, distractors=3, distractor_rank=0)
     questions = ask_noisy(rows, passages(rows), config, seed=1)
     places = Counter(question.contexts.index(question.example.instruction) for question in questions)
     assert sorted(places) == [0, 1, 2, 3]
@@ -63,38 +69,38 @@ def test_the_statement_stands_once_at_a_place_of_its_own_and_the_same_seed_gives
     assert ask_noisy(rows, passages(rows), config, seed=2) != questions
 
 
-def test_similar_distractors_are_the_last_of_the_best_and_never_the_rows_own() -> None:
+def test_similar_distractors_are_the_last_of_the_best_and_never_the_rows_own(tmp_path: Path) -> None:
     row = QAExample(id="q", instruction="The red house is old.", input="Is the red house old?", output="yes")
     own = Passage(id="own", text="Here. The red  house is old. There.", document="elsewhere")
     document = Passage(id="page", text="The red house, the old red house", document=row.instruction)
     near = [Passage(id=f"n{n}", text="red house old " * (4 - n) + "and " * n, document=f"d{n}") for n in range(4)]
     far = Passage(id="far", text="Lisbon", document="d9")
-    found = ask_noisy([row], [own, document, *near, far], PassagesConfig(distractors=2, distractor_rank=3), seed=1)
+    found = ask_noisy([row], [own, document, *near, far], library(tmp_path, distractors=2, distractor_rank=3), seed=1)
     assert set(found[0].contexts) == {row.instruction, near[1].text, near[2].text}
-    filled = ask_noisy([row], [own, near[0], far], PassagesConfig(distractors=2, distractor_rank=3), seed=1)
+    filled = ask_noisy([row], [own, near[0], far], library(tmp_path, distractors=2, distractor_rank=3), seed=1)
     assert set(filled[0].contexts) == {
         row.instruction,
         near[0].text,
         "Lisbon",
     }  # which shares no word with the question
     with pytest.raises(UserError, match=r"distractors=3: row 'q' has only 2 passages of other documents"):
-        ask_noisy([row], [own, document, near[0], far], PassagesConfig(distractors=3), seed=1)
+        ask_noisy([row], [own, document, near[0], far], library(tmp_path, distractors=3), seed=1)
 
 
-def test_a_row_that_names_its_document_gets_none_of_it() -> None:
+def test_a_row_that_names_its_document_gets_none_of_it(tmp_path: Path) -> None:
     rows = examples(4)
     named = QAExample.model_validate({**rows[0].model_dump(), "document": "guide"})
     chunks = [Passage(id=f"g{n}", text=f"Chapter {n}", document="guide") for n in range(9)]
     others = [Passage(id=f"o{n}", text=f"Other {n}", document="other") for n in range(3)]
-    question = ask_noisy([named], [*chunks, *others], PassagesConfig(distractor_rank=0), seed=3)[0]
+    question = ask_noisy([named], [*chunks, *others], library(tmp_path, distractor_rank=0), seed=3)[0]
     assert set(question.contexts) == {named.instruction, *(other.text for other in others)}
 
 
 class Counting:
     """A retriever that says how often it was asked."""
 
-    def __init__(self, rows: Sequence[QAExample]) -> None:
-        self.inner, self.asked = open_retriever(passages(rows)), 0
+    def __init__(self, rows: Sequence[QAExample], folder: Path) -> None:
+        self.inner, self.asked = library(folder).open(passages(rows)), 0
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Found]]:
         self.asked += len(queries)
@@ -103,7 +109,7 @@ class Counting:
 
 def test_what_was_found_is_not_searched_again(tmp_path: Path) -> None:
     rows = examples()
-    retriever = Counting(rows)
+    retriever = Counting(rows, tmp_path)
     with Journal(tmp_path / "j.jsonl", "f") as journal:
         first = ask_retrieved(rows[:5], retriever, 2, journal)  # type: ignore[arg-type]
     with Journal(tmp_path / "j.jsonl", "f") as journal:
@@ -118,7 +124,7 @@ def test_what_was_found_is_not_searched_again(tmp_path: Path) -> None:
 def test_the_description_counts_where_the_statement_was(tmp_path: Path) -> None:
     rows = [*examples(3), QAExample(id="none", instruction="Zurich lies by a lake.", input="Xyz?", output="no")]
     with Journal(tmp_path / "j.jsonl", "f") as journal:
-        questions, retriever, told = pose(ContextKind.retrieved, PassagesConfig(k=1), rows, 1, journal)
+        questions, retriever, told = pose(ContextKind.retrieved, library(tmp_path, k=1), rows, 1, journal)
     assert retriever is None
     assert told == {
         "kind": "retrieved",
@@ -180,6 +186,27 @@ def test_what_was_read_is_in_the_predictions(tmp_path: Path, kind: str) -> None:
         ]
 
 
+def test_an_index_that_was_made_is_searched_in_place_of_the_statements(tmp_path: Path) -> None:
+    save_random_base(tmp_path / "base")
+    rows = examples(3)
+    index = RetrievalConfig(path=str(tmp_path / "town"))
+    with closing(open_retriever(index)) as retriever:
+        retriever.index([*passages(rows[:2]), Passage(id="more", text="Bern has towers, and Bern has a river.")])
+    (tmp_path / "test.jsonl").write_text("".join(row.model_dump_json() + "\n" for row in rows))
+    given = [f"data.path={tmp_path / 'test.jsonl'}", f"model.path={tmp_path / 'base'}", "model.max_length=512"]
+    given += ["judge=false", "sampling.max_new_tokens=4", f"output_dir={tmp_path / 'out'}", "run=r", "passages.k=1"]
+    given += ["passages.indexed=true", f"retrieval.path={index.path}"]
+    artifact = run(load_config("evaluate", [*given, "contexts=retrieved"]))
+    read = [row.answers["base"].contexts for row in read_predictions(artifact.folder / "predictions.jsonl")]
+    assert read == [[rows[0].instruction], [rows[1].instruction], ["Bern has towers, and Bern has a river."]]
+    assert artifact.metrics["contexts"]["passages"] == 3
+    assert "index" in {entry["key"] for entry in artifact.inputs}
+    with pytest.raises(UserError, match="distractors are drawn from"):
+        run(load_config("evaluate", [*given, "contexts=noisy", "force=true"]))
+    with pytest.raises(UserError, match=r"passages\.indexed: not read with contexts=clean"):
+        run(load_config("evaluate", given))
+
+
 def test_exact_match_by_place_by_hand() -> None:
     rows = examples(3)
     questions = [
@@ -205,16 +232,3 @@ def test_questions_of_the_documents_recipe_keep_their_document(tmp_path: Path) -
     (tmp_path / "rows.jsonl").write_text(json.dumps(fields) + "\n")
     (row,), _ = read_questions(RowsConfig(path=str(tmp_path / "rows.jsonl")))
     assert (row.instruction, row.model_extra) == ("[d.md, 1]\nText.", {"document": "d.md"})
-
-
-def test_the_retriever_in_memory_keeps_the_protocol() -> None:
-    retriever = BM25Retriever()
-    tower, bridge = Passage(id="b", text="a tower"), Passage(id="a", text="a bridge", title="tower")
-    retriever.index([tower, bridge])
-    assert [hit.passage.id for hit in retriever.search(["tower"], 5)[0]] == ["b", "a"]  # the shorter one first
-    retriever.add([Passage(id="b", text="a bridge tower")])
-    assert [hit.passage.id for hit in retriever.search(["tower"], 5)[0]] == ["a", "b"]  # equal scores by id
-    retriever.delete(["a", "nobody"])
-    assert (len(retriever), retriever.search(["tower", "xyz"], 5)[1]) == (1, [])
-    with pytest.raises(UserError, match="two passages have the id 'a'"):
-        retriever.index([bridge, bridge])

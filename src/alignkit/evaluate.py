@@ -12,6 +12,7 @@ held-out question that a model was trained on stops it.
 Reads:   data.path                 held-out question-answer rows
          models                    systems by name, in the order of training; "" is the base
          passages.documents        what distractors are drawn from, or searched (none: the rows' statements)
+         retrieval.path            with passages.indexed=true the index that is searched instead
 Writes:  predictions.jsonl         for each question what every system answered and read, and the scores
          preferences.jsonl         with pairwise=true: what the teacher said of each pair of answers, in both orders
          unanswered.jsonl          which system did not answer which row, and why (where there are any)
@@ -47,7 +48,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
-from alignkit.core.config import ModelConfig, RowsConfig, SamplingConfig, StageConfig, TeacherConfig
+from alignkit.core.config import (
+    ModelConfig,
+    RetrievalConfig,
+    RowsConfig,
+    SamplingConfig,
+    SearchEngine,
+    StageConfig,
+    TeacherConfig,
+)
 from alignkit.core.errors import UserError
 from alignkit.evaluation.contexts import NONE, ContextKind, PassagesConfig
 from alignkit.evaluation.metrics.catalogue import DEFAULT, MeasuringConfig
@@ -77,6 +86,7 @@ class EvaluateConfig(StageConfig):
         "data.path",
         "models",
         "passages.documents",
+        "index",
         "measuring.embedding",
         "measuring.reward",
         "human_labels",
@@ -99,6 +109,8 @@ class EvaluateConfig(StageConfig):
     """What is read: the row's statement (clean), that among distractors (noisy), passages that are found for the
     question (retrieved), or passages that the model asks for itself (multihop)."""
     passages: PassagesConfig = field(default_factory=PassagesConfig)
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    """How passages are searched; with passages.indexed=true where they are, too."""
     servers: ServersConfig = field(default_factory=ServersConfig)
     allow_training_questions: bool = False
     """Go on although a model was trained on some of the held-out questions."""
@@ -121,6 +133,12 @@ class EvaluateConfig(StageConfig):
         default_factory=lambda: SamplingConfig(n=1, temperature=[0.0, 0.0], top_p=[1.0, 1.0])
     )
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+
+    @property
+    def index(self) -> str:
+        """The folder of the index that is searched, where there is one already."""
+        local = self.passages.indexed and self.retrieval.engine is SearchEngine.embedded
+        return str(self.retrieval.path) if local else NONE
 
 
 def run(config: EvaluateConfig) -> Artifact:
@@ -148,6 +166,8 @@ def run(config: EvaluateConfig) -> Artifact:
         check_leakage(examples, systems, config, artifact)
         questions, setup = pose_questions(config, examples, systems, artifact)
         answers = answer_with_systems(questions, systems, setup, artifact)
+        if setup.retriever is not None:
+            setup.retriever.close()
         examples = [question.example for question in questions]
         grades = grade(examples, answers, config.teacher, artifact) if config.judge else {}
         rows = [predict(example, answers, grades, documents[example.id]) for example in examples]
@@ -180,8 +200,9 @@ def check_config(config: EvaluateConfig, systems: Sequence[System]) -> None:
         raise UserError("human_labels: people are compared with the judge; set judge=true or pairwise=true")
     config.passages.check()
     check_servers(systems, config.servers)
-    if config.contexts is ContextKind.clean and config.passages.documents != NONE:
-        raise UserError("passages.documents: not read with contexts=clean; choose noisy, retrieved or multihop")
+    for key, given in (("documents", config.passages.documents != NONE), ("indexed", config.passages.indexed)):
+        if config.contexts is ContextKind.clean and given:
+            raise UserError(f"passages.{key}: not read with contexts=clean; choose noisy, retrieved or multihop")
     served = [system.name for system in systems if system.kind is SystemKind.server]
     if config.contexts is ContextKind.multihop and served:
         raise UserError(
@@ -247,10 +268,11 @@ def pose_questions(
     """What every system is asked, and with what; prompts that the base cannot take are dropped, for all of them."""
     from alignkit.core.journal import Journal
     from alignkit.evaluation.answering import Setup, fitting
-    from alignkit.evaluation.contexts import pose
+    from alignkit.evaluation.contexts import Library, pose
 
+    library = Library(config.passages, config.retrieval, artifact.work_folder / "index")
     with Journal(artifact.work_folder / "contexts.jsonl", artifact.fingerprint) as journal:
-        questions, retriever, description = pose(config.contexts, config.passages, examples, config.seed, journal)
+        questions, retriever, description = pose(config.contexts, library, examples, config.seed, journal)
     k = config.passages.found_at_once(config.contexts)
     setup = Setup(config.model, config.sampling, config.servers, config.seed, retriever, k, config.passages.hops)
     questions = fitting(questions, systems, setup, artifact)

@@ -18,10 +18,10 @@ from alignkit.data.sources.qa_expert import RETRIEVE
 from alignkit.evaluation.answers import Answer, Missing, Outcomes, read_answers
 from alignkit.evaluation.contexts import Question
 from alignkit.evaluation.systems import ServersConfig, System, SystemKind, open_here, server_config
-from alignkit.retrieval.base import Retriever
 
 if TYPE_CHECKING:
     from alignkit.generation.hf import HFGenerator
+    from alignkit.retrieval.open import FilteringRetriever
 
 LOG = logging.getLogger("alignkit")
 
@@ -37,7 +37,7 @@ class Setup:
     sampling: SamplingConfig
     servers: ServersConfig
     seed: int
-    retriever: Retriever | None = None
+    retriever: FilteringRetriever | None = None
     k: int = 1
     hops: int = 1
 

@@ -11,12 +11,15 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from enum import Enum
+from pathlib import Path
 from random import Random
 from statistics import mean
 from typing import TYPE_CHECKING, Any, Optional
 
+from alignkit.core.config import RetrievalConfig, SearchEngine
 from alignkit.core.errors import UserError
 from alignkit.core.journal import Journal
 from alignkit.core.records import Message, QAExample
@@ -27,6 +30,7 @@ from alignkit.retrieval.base import Passage, Retriever
 
 if TYPE_CHECKING:
     from alignkit.evaluation.predictions import Prediction
+    from alignkit.retrieval.open import FilteringRetriever
 
 LOG = logging.getLogger("alignkit")
 
@@ -51,6 +55,8 @@ class PassagesConfig:
 
     documents: str = NONE
     """A file or folder of documents; none: the statements of the held-out rows."""
+    indexed: bool = False
+    """retrieved, multihop: search the index that `retrieval` names, as `alignkit index` made it, instead."""
     chunk_characters: int = 1000
     """Longest passage that a document is cut into."""
     distractors: int = 3
@@ -67,6 +73,8 @@ class PassagesConfig:
         for name, lowest in {"chunk_characters": 1, "distractors": 1, "distractor_rank": 0, "hops": 1}.items():
             if getattr(self, name) < lowest:
                 raise UserError(f"passages.{name}={getattr(self, name)}: must be at least {lowest}")
+        if self.indexed and self.documents != NONE:
+            raise UserError("passages.indexed=true: what is searched is in the index already; drop passages.documents")
         if self.k is not None and self.k < 1:
             raise UserError(f"passages.k={self.k}: must be at least 1")
         if 0 < self.distractor_rank < self.distractors:
@@ -93,13 +101,24 @@ class Question:
         return self.example.id
 
 
-def open_retriever(passages: Iterable[Passage]) -> Retriever:
-    """What finds passages. Every search of an evaluation goes through the engine that is opened here."""
-    from alignkit.retrieval.in_memory import BM25Retriever
+@dataclass(frozen=True)
+class Library:
+    """The passages of an evaluation, and how they are searched."""
 
-    retriever = BM25Retriever()
-    retriever.index(passages)
-    return retriever
+    config: PassagesConfig
+    retrieval: RetrievalConfig
+    folder: Path
+    """Holds the index that is made of the passages, where there is none yet."""
+
+    def open(self, passages: Iterable[Passage] | None) -> FilteringRetriever:
+        """What finds passages: an index of these, or without any the one that `retrieval` names."""
+        from alignkit.retrieval.open import open_retriever
+
+        if passages is None:
+            return open_retriever(self.retrieval)
+        retriever = open_retriever(replace(self.retrieval, engine=SearchEngine.embedded, path=str(self.folder)))
+        retriever.index(passages)
+        return retriever
 
 
 # -- passages ----------------------------------------------------------------------------------------------------------
@@ -136,20 +155,24 @@ def _document(example: QAExample) -> str:
 
 
 def pose(
-    kind: ContextKind, config: PassagesConfig, examples: Sequence[QAExample], seed: int, journal: Journal
-) -> tuple[list[Question], Retriever | None, dict[str, Any]]:
+    kind: ContextKind, library: Library, examples: Sequence[QAExample], seed: int, journal: Journal
+) -> tuple[list[Question], FilteringRetriever | None, dict[str, Any]]:
     """What every system is asked, what it may search in itself, and a description for the manifest."""
     if kind is ContextKind.clean:
         return ask_clean(examples), None, {"kind": kind.name}
-    passages = list(read_passages(config, examples))
+    config = library.config
+    passages = None if config.indexed else list(read_passages(config, examples))
     if kind is ContextKind.noisy:
-        questions = ask_noisy(examples, passages, config, seed)
+        if passages is None:
+            raise UserError("passages.indexed=true: distractors are drawn from passages.documents, or the statements")
+        questions = ask_noisy(examples, passages, library, seed)
         return questions, None, describe_contexts(kind, questions, len(passages))
-    retriever = open_retriever(passages)
+    retriever = library.open(passages)
     if kind is ContextKind.multihop:
-        return ask_openly(examples), retriever, {"kind": kind.name, "passages": len(passages)}
-    questions = ask_retrieved(examples, retriever, config.found_at_once(kind), journal)
-    return questions, None, describe_contexts(kind, questions, len(passages))
+        return ask_openly(examples), retriever, {"kind": kind.name, "passages": len(retriever)}
+    with closing(retriever):
+        questions = ask_retrieved(examples, retriever, config.found_at_once(kind), journal)
+        return questions, None, describe_contexts(kind, questions, len(retriever))
 
 
 def ask_clean(examples: Sequence[QAExample]) -> list[Question]:
@@ -158,15 +181,16 @@ def ask_clean(examples: Sequence[QAExample]) -> list[Question]:
 
 
 def ask_noisy(
-    examples: Sequence[QAExample], passages: Sequence[Passage], config: PassagesConfig, seed: int
+    examples: Sequence[QAExample], passages: Sequence[Passage], library: Library, seed: int
 ) -> list[Question]:
     """Each row with distractors, and its statement at a place of its own among them, drawn by `seed` and the row's id.
 
     A distractor is of another document than the row, and shares no text with its statement. Where the search finds too
     few, others are drawn at random. Raises `UserError` where there are not enough passages.
     """
+    config = library.config
     queries = [statement_and_question(example)[1] for example in examples]
-    hits = _ranked(passages, queries, config.distractor_rank) if config.distractor_rank else [[] for _ in queries]
+    hits = _ranked(library, passages, queries) if config.distractor_rank else [[] for _ in queries]
     questions = []
     for example, found in zip(examples, hits, strict=True):
         random = Random(f"{seed}/{example.id}")
@@ -247,9 +271,10 @@ def _read(example: QAExample, shown: list[str]) -> Question:
     return Question(example, qa_prompt(QAExample(id=example.id, instruction="\n\n".join(shown), input=question)), shown)
 
 
-def _ranked(passages: Sequence[Passage], queries: Sequence[str], rank: int) -> list[list[Passage]]:
-    """More than `rank` hits a query, since some will be of the row's own document."""
-    found = open_retriever(passages).search(queries, 2 * rank + 10)
+def _ranked(library: Library, passages: Sequence[Passage], queries: Sequence[str]) -> list[list[Passage]]:
+    """More hits a query than are needed, since some will be of the row's own document."""
+    with closing(library.open(passages)) as retriever:
+        found = retriever.search(queries, 2 * library.config.distractor_rank + 10)
     return [[hit.passage for hit in hits] for hits in found]
 
 
