@@ -74,6 +74,7 @@ def compare_with_generating(count: int) -> list[Prediction]:
 def score_all(examples: list[QAExample], texts: list[str], metrics: tuple[str, ...]) -> list[Prediction]:
     """Rows as `evaluate` makes them. What sacrebleu has counted before is forgotten first."""
     corpus._sentence_bleu.cache_clear()
+    corpus._chrf_counts.cache_clear()
     return [scored(example, text, metrics) for example, text in zip(examples, texts, strict=True)]
 
 

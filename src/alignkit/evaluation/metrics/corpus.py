@@ -45,7 +45,7 @@ def bleu(answer: str, reference: str) -> float:
 
 def chrf(answer: str, reference: str) -> float:
     """Sentence chrF from 0 to 100 (Popović, 2015): F of character n-grams up to 6, recall counting twice as much."""
-    return float(_chrf().sentence_score(answer, [reference]).score)
+    return float(_chrf()._compute_score_from_stats(_chrf_counts(answer, reference)).score)
 
 
 def corpus_bleu(answers: Sequence[str], references: Sequence[str]) -> CorpusScore:
@@ -69,9 +69,10 @@ def corpus_bleu(answers: Sequence[str], references: Sequence[str]) -> CorpusScor
 
 
 def corpus_chrf(answers: Sequence[str], references: Sequence[str]) -> CorpusScore:
-    """chrF of all answers together."""
-    score = _chrf().corpus_score(answers, [references]).score
-    return CorpusScore(score=float(score), signature=str(_chrf().get_signature()))
+    """chrF of all answers together: n-grams are summed before they are divided."""
+    counts = [_chrf_counts(*each) for each in zip(answers, references, strict=True)]
+    score = _chrf()._aggregate_and_compute(counts).score
+    return CorpusScore(score=float(score), signature=_chrf_signature())
 
 
 @lru_cache(maxsize=1 << 14)
@@ -96,8 +97,22 @@ def _signature(tokenizer: str) -> Signature:
     return bleu.get_signature()
 
 
+@lru_cache(maxsize=1 << 14)
+def _chrf_counts(answer: str, reference: str) -> list[int]:
+    """How many n-grams answer and reference have and share; sacrebleu gives them to nobody but its own scores."""
+    counts: list[int] = _chrf()._extract_corpus_statistics([answer], [[reference]])[0]
+    return counts
+
+
 @cache
 def _chrf() -> CHRF:
     from sacrebleu.metrics.chrf import CHRF
 
     return CHRF()
+
+
+@cache
+def _chrf_signature() -> str:
+    """It names the number of references, which only a public call notices."""
+    _chrf().corpus_score(["a"], [["a"]])
+    return str(_chrf().get_signature())
