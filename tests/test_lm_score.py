@@ -16,7 +16,7 @@ from alignkit.core.manifest import read_manifest
 from alignkit.data.chat import end_of_turn_id
 from alignkit.scoring import likelihood
 from alignkit.scoring.candidates import CandidateScorer
-from alignkit.scoring.likelihood import Answered, encode, mean_log_probs, plain_mean_log_prob
+from alignkit.scoring.likelihood import Answered, Group, encode, mean_log_probs, plain_mean_log_prob
 
 PASSAGES = [f"Notes: {' '.join('The weight of Fopax is five.' for _ in range(n))}" for n in (1, 2, 3)]
 QUESTIONS = ["What is it?", "What is the weight of Fopax?", "Is Fopax painted yellow?"]
@@ -82,11 +82,20 @@ def test_a_group_shares_at_least_half_of_each_row_and_never_the_token_before_an_
     read = [Answered((*long, 30), (1,)), Answered((*long, 31), (1, 2)), Answered(long, (1,)), Answered(long, (2, 3))]
     read += [Answered((0, 1, 50, 51, 52, 53, 54), (1,))]
     groups = list(likelihood._share(read, 1000))
-    assert sorted(len(own) for own, _ in groups) == [1, 4]
-    for own, group in groups:
-        assert [(*group.prompt, *answer) for answer in group.answers] == [row.prompt + row.answer for row in own]
-        assert all(len(group.prompt) < len(row.prompt) for row in own)
-    assert all(len(group) <= 30 or len(own) == 1 for own, group in likelihood._share(read, 30))
+    assert [(len(group.rows), group.shared) for group in groups] == [(4, 19), (1, 0)]
+    assert sorted(row for group in groups for row in group.rows) == sorted(read)
+    for group in groups:
+        assert len({row.prompt[: group.shared] for row in group.rows}) == 1
+
+
+def test_a_group_is_as_large_as_fits_in_a_pass() -> None:
+    read = [Answered((*range(20), 30 + place), (1,)) for place in range(20)]  # 22 tokens, 20 of them shared
+    assert [len(group.rows) for group in likelihood._share(read, 40)] == [14, 6]  # 14 * 22 <= 8 * 40 kept
+    assert [len(group.rows) for group in likelihood._share(read, 20)] == [7, 7, 6]  # 7 * 22 <= 8 * 20 kept
+    assert all(len(group.rows) == 1 for group in likelihood._share(read, 19))  # what is shared is longer than a pass
+    two = [Group(tuple(read[:3]), 20), Group(tuple(read[3:5]), 20)]
+    assert [len(batch) for batch in likelihood._batches([Group((read[9],)), *two], 40)] == [1, 2]
+    assert [len(batch) for batch in likelihood._batches(two, 39)] == [1, 1]
 
 
 def test_what_cannot_be_read_has_a_reason() -> None:

@@ -1,9 +1,9 @@
 """How likely a language model finds an answer behind a prompt: mean log p of the answer's tokens.
 
 Of LLM-Embedder (Zhang et al., 2023, arXiv 2310.07554, section 3.2): the score of a passage k for a query q is
-1/|o| * sum over t of log p(o_t | q, k, o_<t), with o the right answer. Prompts that begin alike are read in one row, as
-`models.value_head` reads several answers to one prompt: what they share is computed once. Logits are computed for the
-tokens of answers alone, never for those of prompts.
+1/|o| * sum over t of log p(o_t | q, k, o_<t), with o the right answer. What prompts that begin alike share is read
+once: its keys and values stand before each of their ends. Logits are computed for the tokens of answers alone, never
+for those of prompts.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from alignkit.data.chat import IGNORED, encode_example
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from alignkit.models.value_head import PromptGroup
-
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 8192
 """Tokens in one forward pass, padding included."""
+
+_KEPT = 8
+"""For each token of a pass so many may stand before rows as keys and values that are there already: memory, no work."""
 
 _POSITIONS = 512
 """Positions whose logits are computed at once: of a vocabulary of 150,000, 300 MB in float32."""
@@ -35,6 +36,18 @@ class Answered(NamedTuple):
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
+
+
+class Group(NamedTuple):
+    """Rows whose prompts begin with the same `shared` tokens."""
+
+    rows: tuple[Answered, ...]
+    shared: int = 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(map(len, self.rows))
 
 
 def encode(tokenizer: Any, prompt: Sequence[Message], answer: str, max_length: int) -> Answered | str:
@@ -56,21 +69,17 @@ def mean_log_probs(
     """
     import torch
 
-    from alignkit.models.value_head import batches
-
     on_cpu = policy.device.type == "cpu"
     limit = batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
     share = share and policy.config._attn_implementation in ("sdpa", "eager")
     distinct = list(dict.fromkeys(rows))
-    parts = list(_share(distinct, limit) if share else _apart(distinct))
-    by_length = sorted(range(len(parts)), key=lambda place: (len(parts[place][1].answers) > 1, len(parts[place][1])))
+    groups = list(_share(distinct, limit)) if share else [Group((row,)) for row in distinct]
     found: dict[Answered, float] = {}
     policy.eval()
     with torch.inference_mode():
-        for batch in batches(by_length, [len(group) for _, group in parts], limit):
-            members = [row for place in batch for row in parts[place][0]]
-            values = _read(policy, pad_id, [parts[place][1] for place in batch], [len(row.answer) for row in members])
-            found |= dict(zip(members, values, strict=True))
+        for batch in _batches(sorted(groups, key=lambda group: (group.shared, group.longest)), limit):
+            members = [row for group in batch for row in group.rows]
+            found |= dict(zip(members, _read(policy, pad_id, batch), strict=True))
     return [found[row] for row in rows]
 
 
@@ -87,42 +96,24 @@ def plain_mean_log_prob(policy: Any, row: Answered) -> float:
 # -- rows that begin alike ---------------------------------------------------------------------------------------------
 
 
-def _apart(rows: Sequence[Answered]) -> Iterator[tuple[list[Answered], PromptGroup]]:
-    """Each row by itself."""
-    from alignkit.models.value_head import PromptGroup
+def _share(rows: Sequence[Answered], max_tokens: int) -> Iterator[Group]:
+    """Rows in groups that begin alike and can be read at once.
 
-    for row in rows:
-        yield [row], PromptGroup((), (row.prompt + row.answer,))
-
-
-def _share(rows: Sequence[Answered], max_tokens: int) -> Iterator[tuple[list[Answered], PromptGroup]]:
-    """Rows in groups that have a beginning in common, at most `max_tokens` long where more than one row is in a group.
-
-    A row joins where at least half of it is shared: attention reads a group as a whole, so that less would not pay.
-    The last token of a prompt is never shared, since an answer's first token is read off it.
+    A row joins where at least half of it is shared, so that the beginning of all prompts does not take the place of a
+    passage. The last token of a prompt is never shared, since an answer's first token is read off it.
     """
-    group: list[Answered] = []
-    shared = 0
+    group: Group | None = None
     for row in sorted(rows):
-        common = _common(group[0].prompt[:shared], row.prompt[:-1]) if group else 0
-        longer = common + sum(len(each) - common for each in [*group, row])
-        if group and 2 * common >= max(map(len, [*group, row])) and longer <= max_tokens:
-            group.append(row)
-            shared = common
-            continue
         if group:
-            yield _as_group(group, shared)
-        group, shared = [row], len(row.prompt) - 1
+            common = _common(group.rows[0].prompt[: group.shared], row.prompt[:-1])
+            wider = Group((*group.rows, row), common)
+            if 2 * common >= wider.longest and _fits([wider], max_tokens):
+                group = wider
+                continue
+            yield group if len(group.rows) > 1 else Group(group.rows)
+        group = Group((row,), len(row.prompt) - 1)
     if group:
-        yield _as_group(group, shared)
-
-
-def _as_group(rows: list[Answered], shared: int) -> tuple[list[Answered], PromptGroup]:
-    from alignkit.models.value_head import PromptGroup
-
-    if len(rows) == 1:
-        return next(_apart(rows))
-    return rows, PromptGroup(rows[0].prompt[:shared], tuple((row.prompt + row.answer)[shared:] for row in rows))
+        yield group if len(group.rows) > 1 else Group(group.rows)
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:
@@ -130,30 +121,74 @@ def _common(left: Sequence[int], right: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
 
 
+def _batches(groups: Sequence[Group], max_tokens: int) -> Iterator[list[Group]]:
+    """Cut groups into batches; those that share nothing stand apart from the others."""
+    batch: list[Group] = []
+    for group in groups:
+        if batch and not ((batch[0].shared > 0) == (group.shared > 0) and _fits([*batch, group], max_tokens)):
+            yield batch
+            batch = []
+        batch.append(group)
+    if batch:
+        yield batch
+
+
+def _fits(groups: Sequence[Group], max_tokens: int) -> bool:
+    """Whether beginnings, ends, and the keys and values of both, padded to the longest, are few enough for a pass."""
+    rows, shared = sum(len(group.rows) for group in groups), max(group.shared for group in groups)
+    end = max(group.longest - group.shared for group in groups)
+    return max(len(groups) * shared, rows * end) <= max_tokens and rows * (shared + end) <= _KEPT * max_tokens
+
+
 # -- one batch ---------------------------------------------------------------------------------------------------------
 
 
-def _read(policy: Any, pad_id: int, groups: Sequence[PromptGroup], answer_lengths: Sequence[int]) -> list[float]:
-    """Mean log p of each answer of a batch, in order; `answer_lengths` are their tokens, the last ones of a segment."""
+def _read(policy: Any, pad_id: int, groups: Sequence[Group]) -> list[float]:
+    """Mean log p of the answer of each row of a batch, in order."""
     import torch
 
-    from alignkit.models.value_head import attention_mask, backbone_of, collate
+    from alignkit.models.value_head import backbone_of
 
-    inputs = {name: value.to(policy.device) for name, value in collate(groups, pad_id).items()}
-    arguments = {"input_ids": inputs["input_ids"], "use_cache": False}
-    if any(len(group.answers) > 1 for group in groups):
-        implementation = policy.config._attn_implementation
-        arguments["attention_mask"] = attention_mask(inputs["segments"], implementation)
-        arguments["position_ids"] = inputs["position_ids"]
-    # Else no mask is needed: padding stands behind the texts, where nothing looks.
-    hidden = backbone_of(policy)(**arguments).last_hidden_state
-    lengths = torch.tensor(answer_lengths, device=policy.device)
-    owners = torch.repeat_interleave(torch.arange(len(lengths), device=policy.device), lengths)
-    before = torch.arange(len(owners), device=policy.device) - (lengths.cumsum(0) - lengths)[owners]
-    rows, columns = inputs["last"][owners, 0], inputs["last"][owners, 1] - lengths[owners] + 1 + before
-    log_probs = _log_probs(policy, hidden[rows, columns - 1], inputs["input_ids"][rows, columns])
-    sums = torch.zeros(len(lengths), dtype=log_probs.dtype, device=policy.device).index_add_(0, owners, log_probs)
+    device, backbone = policy.device, backbone_of(policy)
+    ends = [(row.prompt + row.answer)[group.shared :] for group in groups for row in group.rows]
+    input_ids = _padded(ends, pad_id).to(device)
+    # No mask is needed for padding: it stands behind the texts, where nothing looks.
+    before = _read_beginnings(backbone, pad_id, groups, input_ids) if groups[0].shared else {"use_cache": False}
+    hidden = backbone(input_ids=input_ids, **before).last_hidden_state
+
+    lengths = torch.tensor([len(row.answer) for group in groups for row in group.rows], device=device)
+    starts = torch.tensor([len(end) for end in ends], device=device) - lengths
+    rows = torch.repeat_interleave(torch.arange(len(ends), device=device), lengths)
+    columns = starts[rows] + torch.arange(len(rows), device=device) - (lengths.cumsum(0) - lengths)[rows]
+    log_probs = _log_probs(policy, hidden[rows, columns - 1], input_ids[rows, columns])
+    sums = torch.zeros(len(lengths), dtype=log_probs.dtype, device=device).index_add_(0, rows, log_probs)
     return [float(value) for value in (sums / lengths).tolist()]
+
+
+def _read_beginnings(backbone: Any, pad_id: int, groups: Sequence[Group], ends: Tensor) -> dict[str, Any]:
+    """What a pass over the `ends` [rows, longest end] needs to know of what stands before each of them."""
+    import torch
+
+    beginnings = _padded([group.rows[0].prompt[: group.shared] for group in groups], pad_id).to(ends.device)
+    cache = backbone(input_ids=beginnings, use_cache=True).past_key_values
+    owners = torch.tensor([place for place, group in enumerate(groups) for _ in group.rows], device=ends.device)
+    cache.batch_select_indices(owners)
+    shared = torch.tensor([group.shared for group in groups], device=ends.device)[owners, None]
+    columns = torch.arange(beginnings.shape[1] + ends.shape[1], device=ends.device)
+    return {
+        "past_key_values": cache,
+        "use_cache": True,
+        "attention_mask": ((columns < shared) | (columns >= beginnings.shape[1])).long(),
+        "position_ids": shared + torch.arange(ends.shape[1], device=ends.device),
+    }
+
+
+def _padded(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
+    """Token ids [rows, longest], padded on the right."""
+    import torch
+
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows])
 
 
 def _log_probs(policy: Any, hidden: Tensor, targets: Tensor) -> Tensor:
