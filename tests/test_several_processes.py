@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,8 @@ def test_one_process_writes_and_speaks(both: Ended, folder: Path) -> None:
     assert both.written[1] == set()
     assert "two/sft/manifest.json" in {name.replace(".partial", "").replace("/.", "/") for name in both.written[0]}
     assert both.out[1] == ""
-    assert both.err[1] == ""
+    late = r"(error: process 1 of 2: evaluate is the work of one process.*\n)?"  # a slow launcher lets it say that, too
+    assert re.fullmatch(late, both.err[1])
     assert both.out[0].count("sft: 2 processes share each optimizer step of 8 rows: 4 each, 4 at once") == 1
     assert both.out[0].count("sft is up to date") == 1
     assert "error: evaluate is the work of one process: start it without torchrun" in both.err[0]
