@@ -316,9 +316,9 @@ def test_a_killed_process_leaves_a_clean_resume(house: House) -> None:
 
 
 def test_a_second_process_in_the_same_folder_is_refused(house: House) -> None:
-    process = house.start("-m", "alignkit.toy", "pause_seconds=0.5")
+    process = house.start("-m", "alignkit.toy", "pause_seconds=600")  # it is at work until it is killed
     _wait_for_journal(house, rows=0)
-    result = house.run("pause_seconds=0.5")
+    result = house.run()
     process.kill()
     process.communicate()
     assert result.code == 2

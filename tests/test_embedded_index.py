@@ -15,6 +15,7 @@ pytest.importorskip("bm25s")
 
 from alignkit.core.config import RetrievalConfig, SearchEngine, SearchMode
 from alignkit.core.errors import UserError
+from alignkit.retrieval import ingest
 from alignkit.retrieval.base import Passage
 from alignkit.retrieval.dense import nearest
 from alignkit.retrieval.embedded import EmbeddedIndex
@@ -140,42 +141,39 @@ def test_a_damaged_folder_says_what_to_do(tmp_path: Path) -> None:
         EmbeddedIndex(folder, embedder).search(["a"], 1)
 
 
-INGEST = """
-import sys, time
-from pathlib import Path
-from alignkit.core.config import RetrievalConfig
-from alignkit.retrieval import ingest
-from alignkit.retrieval.base import Passage
-from alignkit.retrieval.embedded import EmbeddedIndex
-from alignkit.retrieval.embedder import RetrievalEmbedder, open_embedder
+def ingest_in_blocks(folder: Path, hang_at: int = 0) -> None:
+    """Index 200 passages in blocks of 20, say how large each is before it is embedded, and hang at one of them."""
+    embedder = open_embedder(RetrievalConfig(embedder="characters"))
+    embed = embedder.passages.embed
 
-embedder = open_embedder(RetrievalConfig(embedder="characters"))
-embed = embedder.passages.embed
+    begun: list[int] = []
 
-def counted(texts):
-    print(len(texts), flush=True)
-    time.sleep(float(sys.argv[2]))
-    return embed(texts)
+    def counted(texts: Sequence[str]) -> Vectors:
+        begun.append(len(texts))
+        print(len(texts), flush=True)
+        if len(begun) == hang_at:
+            time.sleep(600)
+        return embed(texts)
 
-embedder.passages.embed = counted
-ingest.blocks.__defaults__ = (20,)
-passages = (Passage(id=f"p{number:03d}", text=f"passage number {number % 90}") for number in range(200))
-EmbeddedIndex(Path(sys.argv[1]), embedder).index(passages)
-"""
+    embedder.passages.embed = counted  # type: ignore[method-assign]
+    passages = (Passage(id=f"p{number:03d}", text=f"passage number {number % 90}") for number in range(200))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ingest.blocks, "__defaults__", (20,))
+        EmbeddedIndex(folder, embedder).index(passages)
 
 
-def test_a_killed_ingest_goes_on_where_it_was(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", INGEST, str(tmp_path / "killed")]
-    process = subprocess.Popen([*command, "0.3"], stdout=subprocess.PIPE, text=True)
+def test_a_killed_ingest_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = "import sys, pathlib, test_embedded_index as t; t.ingest_in_blocks(pathlib.Path(sys.argv[1]), 4)"
+    command = [sys.executable, "-c", program, str(tmp_path / "killed")]
+    process = subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for _ in range(4):  # the first three blocks are in the index now, and the fourth is under way
         process.stdout.readline()
-    time.sleep(0.05)
     process.kill()
     process.wait()
-    rest = subprocess.run([*command, "0"], capture_output=True, text=True, check=True)
-    assert sum(map(int, rest.stdout.split())) == 200 - 3 * 20
-    subprocess.run([*command[:-1], str(tmp_path / "whole"), "0"], capture_output=True, check=True)
+    ingest_in_blocks(tmp_path / "killed")
+    assert sum(map(int, capsys.readouterr().out.split())) == 200 - 3 * 20
+    ingest_in_blocks(tmp_path / "whole")
     embedder = open_embedder(RetrievalConfig(embedder="characters"))
     killed, whole = (EmbeddedIndex(tmp_path / name, embedder) for name in ("killed", "whole"))
     queries = ["passage number 7", "number 89", "nothing"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 
 from alignkit import expand
-from alignkit.core.app import load_config
+from alignkit.core.app import load_config, run_command
 from alignkit.core.config import RowsConfig, TeacherConfig, TeacherMode
 from alignkit.core.errors import UserError
 from alignkit.data.closed_world import World, answer, read_question, read_statement
@@ -289,15 +288,18 @@ def test_a_count_is_needed(seeds: Path, tmp_path: Path) -> None:
         expand.run(configure(seeds, tmp_path, count=None))
 
 
-def test_bad_input_exits_with_2_and_one_message(tmp_path: Path) -> None:
-    (tmp_path / "broken.jsonl").write_text('{"id": "1", "instruction": "s", "input": "q?"\n')
-    command = [sys.executable, "-m", "alignkit.expand", "run=r", "count=1", "data.path=broken.jsonl"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "broken.jsonl:1" in done.stderr + done.stdout and "Traceback" not in done.stderr + done.stdout
-    command[-1] = "self_instruct.shape=tasks"
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "Traceback" not in done.stderr + done.stdout
+@pytest.mark.parametrize(
+    ("setting", "said"), [("data.path=broken.jsonl", "broken.jsonl:1"), ("self_instruct.shape=tasks", "expected one")]
+)
+def test_bad_input_exits_with_2_and_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], setting: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.jsonl").write_text('{"id": "1", "instruction": "s", "input": "q?"\n')
+    assert run_command("expand", ["run=r", "count=1", setting]) == 2
+    told = capsys.readouterr()
+    assert said in told.err
+    assert "Traceback" not in told.out + told.err
 
 
 def test_the_shipped_configuration_composes() -> None:
@@ -328,32 +330,38 @@ def serving(delay: Callable[[], None]) -> Iterator[TeacherServer]:
 
 
 @pytest.mark.parametrize("shape", list(Shape))
-def test_killed_over_http_nothing_is_paid_twice(shape: Shape, seeds: Path, tmp_path: Path) -> None:
+def test_killed_over_http_nothing_is_paid_twice(
+    shape: Shape, seeds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A real process is killed; what its command then does, and does once more, is done in this one."""
     canary, concurrency = "canary-b07d1-never-written-down", 4
-    environment = {**os.environ, "TEST_TEACHER_KEY": canary}
+    monkeypatch.setenv("TEST_TEACHER_KEY", canary)
+    monkeypatch.chdir(tmp_path)
     with serving(lambda: time.sleep(0.02)) as server:
-        command = [
-            *(sys.executable, "-m", "alignkit.expand", f"data.path={seeds}", "count=60", "run=r"),
+        given = [
+            *(f"data.path={seeds}", "count=60", "run=r"),
             *("teacher.mode=openai", f"teacher.base_url={server.base_url}", "teacher.api_key_env=TEST_TEACHER_KEY"),
             *(f"teacher.concurrency={concurrency}", f"self_instruct.shape={shape.name}"),
         ]
-        with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as process:
+        command = [sys.executable, "-m", "alignkit.expand", *given]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
             while server.requests < 30 and process.poll() is None:
                 time.sleep(0.01)
             process.send_signal(signal.SIGKILL)
         outputs = tmp_path / "runs" / "r" / "expand"
         assert not (outputs / "expanded.jsonl").exists()
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        assert run_command("expand", given) == 0
         requested = json.loads((outputs / "manifest.json").read_text())["metrics"]["requested"]
         assert requested <= server.requests <= requested + concurrency
         rows = (outputs / "expanded.jsonl").read_bytes()
 
         before = server.requests
-        subprocess.run([*command, "force=true"], cwd=tmp_path, env=environment, capture_output=True, check=True)
+        assert run_command("expand", [*given, "force=true"]) == 0
         assert server.requests == before  # everything came from the response store
     assert (outputs / "expanded.jsonl").read_bytes() == rows
-    assert f"127.0.0.1:{server.server_port}" in done.stdout
+    said, errors = capsys.readouterr()
+    assert f"127.0.0.1:{server.server_port}" in said
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.name == "teacher.sqlite" for path in files)
     assert all(canary.encode() not in path.read_bytes() for path in files)
-    assert canary not in done.stdout + done.stderr
+    assert canary not in said + errors

@@ -29,8 +29,9 @@ sys.exit(int(sys.argv[1]))
 PARENT = """
 import time
 from pathlib import Path
-from alignkit.core.fork_server import ForkedProcess
-ForkedProcess("waiting_step", [], {"OMP_NUM_THREADS": "1"}, Path("log"))
+from alignkit.core import fork_server
+fork_server.PRELOADED = ()  # the ending is the same without seconds of imports
+fork_server.ForkedProcess("waiting_step", [], {"OMP_NUM_THREADS": "1"}, Path("log"))
 time.sleep(60)
 """
 

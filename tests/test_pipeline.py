@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from smoke import ENVIRONMENT, pipeline
+from inside_steps import inside  # noqa: F401  (a fixture)
+from smoke import ENVIRONMENT
 
-from alignkit.core.app import load_config
+from alignkit.__main__ import main
+from alignkit.core.app import load_config, run_command
 from alignkit.core.errors import UserError
 from alignkit.core.steps import Step
 from alignkit.pipeline import plan
 
 STEPS = ["expand", "select", "questions", "sft", "sample", "judge", "reward", "rejection_sampling", "sft_best", "dpo",
          "evaluate", "report"]  # fmt: skip
+SMALL = ["pipeline=smoke", "run=demo", "workers=1"]
 FAST = ["only=[expand,select,questions]"]
 """Steps without torch."""
 
@@ -97,47 +100,60 @@ def test_the_qwen_pipeline_gives_model_hardware_and_teacher_to_the_stages_that_h
         load_config("pipeline", given[:2])
 
 
-def test_an_unknown_step_and_a_typo_in_a_step_are_named_before_anything_runs(tmp_path: Path) -> None:
+def test_an_unknown_step_and_a_typo_in_a_step_are_named_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UserError, match="no step named 'sfd'"):
         needs("only=[sfd]")
-    done = pipeline(tmp_path, "steps.sft.overrides=['train.learning_rat=1']")
-    assert done.returncode == 2
-    assert "train.learning_rate" in done.stderr
-    assert not (tmp_path / "runs" / "demo" / "expand").exists()
+    monkeypatch.chdir(tmp_path)
+    assert run_command("pipeline", [*SMALL, "steps.sft.overrides=['train.learning_rat=1']"]) == 2
+    assert "train.learning_rate" in capsys.readouterr().err
+    assert not Path("runs/demo/expand").exists()
 
 
-def test_finished_steps_are_skipped_and_a_changed_one_is_done_again(tmp_path: Path) -> None:
-    assert pipeline(tmp_path, *FAST).returncode == 0
-    manifest = tmp_path / "runs/demo/expand/manifest.json"
+def test_finished_steps_are_skipped_and_a_changed_one_is_done_again(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    inside: list[str],  # noqa: F811
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_command("pipeline", [*SMALL, *FAST]) == 0
+    assert inside == ["demo/expand", "demo/select", "demo/questions"]
+    manifest = Path("runs/demo/expand/manifest.json")
     before = manifest.stat().st_mtime_ns
-    again = pipeline(tmp_path, *FAST)
-    assert again.returncode == 0
+    assert run_command("pipeline", [*SMALL, *FAST]) == 0
+    assert run_command("pipeline", [*SMALL, *FAST, "steps.select.overrides=['k=20']"]) == 0
+    assert inside[3:] == ["demo/select"]
     assert manifest.stat().st_mtime_ns == before
-    changed = pipeline(tmp_path, *FAST, "steps.select.overrides=['k=20']")
-    assert changed.returncode == 0
-    assert manifest.stat().st_mtime_ns == before
-    assert len((tmp_path / "runs/demo/select/selected.jsonl").read_text().splitlines()) == 20
+    assert len(Path("runs/demo/select/selected.jsonl").read_text().splitlines()) == 20
 
 
-def test_a_failed_step_says_why_and_where(tmp_path: Path) -> None:
-    (tmp_path / "broken.jsonl").write_text('{"id": "a", "instruc\n', encoding="utf-8")
-    done = pipeline(tmp_path, *FAST, "steps.expand.overrides=['data.path=broken.jsonl']")
-    assert done.returncode == 2
-    assert re.search(r"demo/expand failed .*broken\.jsonl:1", done.stderr), done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.usefixtures("inside")
+def test_a_failed_step_says_why_and_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.jsonl").write_text('{"id": "a", "instruc\n', encoding="utf-8")
+    assert run_command("pipeline", [*SMALL, *FAST, "steps.expand.overrides=['data.path=broken.jsonl']"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"demo/expand failed .*broken\.jsonl:1", said), said
+    assert "Traceback" not in said
 
 
-def test_a_killed_pipeline_continues(tmp_path: Path) -> None:
-    arguments = [sys.executable, "-m", "alignkit.pipeline", "pipeline=smoke", "run=demo", *FAST]
+@pytest.mark.usefixtures("inside")
+def test_a_killed_pipeline_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real process and its real steps; what the next command then does is done in this one."""
+    arguments = [sys.executable, "-m", "alignkit.pipeline", *SMALL, *FAST]
     process = subprocess.Popen(arguments, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not (tmp_path / "runs/demo/expand/manifest.json").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) in (130, 0)
-    assert pipeline(tmp_path, *FAST).returncode == 0
+    monkeypatch.chdir(tmp_path)
+    assert run_command("pipeline", [*SMALL, *FAST]) == 0
     for step in ("expand", "select", "questions"):
-        assert json.loads((tmp_path / f"runs/demo/{step}/manifest.json").read_text())["status"] == "complete"
+        assert json.loads(Path(f"runs/demo/{step}/manifest.json").read_text())["status"] == "complete"
 
 
 def test_the_whole_road_runs_and_every_check_passes(smoke_run: Path) -> None:
@@ -170,15 +186,16 @@ def test_what_a_stage_reads_is_what_another_wrote(smoke_run: Path) -> None:
     assert checked >= 10
 
 
-def test_a_preference_pair_can_be_followed_back_to_the_seeds(smoke_run: Path) -> None:
-    pairs = smoke_run / "runs/demo/rejection_sampling/pairs.jsonl"
+def test_a_preference_pair_can_be_followed_back_to_the_seeds(
+    smoke_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(smoke_run)
+    pairs = Path("runs/demo/rejection_sampling/pairs.jsonl")
     row = json.loads(pairs.read_text(encoding="utf-8").splitlines()[0])
-    done = subprocess.run(
-        [sys.executable, "-m", "alignkit", "lineage", f"runs/demo/rejection_sampling/pairs.jsonl#{row['id']}"],
-        cwd=smoke_run, env=ENVIRONMENT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert "seeds.jsonl#seeds-" in done.stdout
-    assert "is in none of the inputs" not in done.stdout
+    assert main(["lineage", f"{pairs}#{row['id']}"]) == 0
+    said = capsys.readouterr().out
+    assert "seeds.jsonl#seeds-" in said
+    assert "is in none of the inputs" not in said
 
 
 def test_only_the_report_is_out_of_date_when_the_report_is_mended() -> None:

@@ -1,77 +1,26 @@
-"""The stage retriever: a tiny random BERT learns which words answer which, in one process and in two."""
+"""The stage retriever: a tiny random BERT learns which words answer which."""
 
 from __future__ import annotations
 
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_retriever import command, largest_difference, losses, manifest, weights, write_queries
 from small_training import interrupt_at
-from tiny_encoders import encoder_settings, save_encoder, word_tokenizer
-from two_processes import run_in_two
 
 from alignkit.core.app import run_command
-from alignkit.core.manifest import read_manifest
 
 pytestmark = pytest.mark.skipif(find_spec("sentence_transformers") is None, reason="alignkit[retrieval]")
-
-LETTERS = "a b c d e f g h".split()
-STEPS = ["train.batch_size=8", "train.warmup_share=0", "train.learning_rate=1e-3", "train.logging_steps=1"]
-TASKS = (
-    "tasks={qa: {query_instruction: 'what ', passage_instruction: 'is ', distill_weight: 1, distill: stable}, "
-    "tool: {positives: random}}"
-)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with rows of two tasks and a random encoder without dropout."""
-    from transformers import BertConfig, BertModel
-
-    folder = tmp_path_factory.mktemp("work")
-    settings = encoder_settings(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    save_encoder(folder / "bert", BertModel, BertConfig(**settings), word_tokenizer(max_length=12))
-    rows: list[dict[str, Any]] = []
-    for number, letter in enumerate(LETTERS * 3):
-        others = [each for each in LETTERS if each != letter]
-        negatives = [f"the mayor {each}" for each in others[number % 5 : number % 5 + 3]]
-        row = {"query": f"who is {letter} ?", "query_id": number, "pos": [f"she was {letter}"], "neg": negatives}
-        rows.append({**row, "task": "tool" if number % 3 == 0 else "qa", "teacher_scores": [0.5, 0.1, 0.4, 0.2]})
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "rows.jsonl").write_text(text, encoding="utf-8")
-    return folder
-
-
-def command(name: str, *more: str) -> list[str]:
-    model = ["encoder.path=bert", "encoder.name=bert", "encoder.passage_max_length=12", f"run={name}"]
-    return [*model, "data.path=rows.jsonl", "negatives=2", TASKS, *STEPS, *more]
-
-
-def weights(folder: Path, run: str) -> dict[str, torch.Tensor]:
-    return load_file(folder / "runs" / run / "retriever" / "model" / "model.safetensors")
-
-
-def losses(folder: Path, run: str) -> list[dict[str, float]]:
-    path = folder / "runs" / run / "retriever" / "loss.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def manifest(folder: Path, run: str) -> dict[str, Any]:
-    found = read_manifest(folder / "runs" / run / "retriever")
-    assert found is not None
-    return found
-
-
-def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """Of all weights but the keys' biases: no embedding depends on them, and Adam makes steps of their rounding."""
-    assert one.keys() == other.keys()
-    names = [name for name in one if not name.endswith("key.bias")]
-    return max(float((one[name] - other[name]).abs().max()) for name in names)
+    return write_queries(tmp_path_factory.mktemp("work"))
 
 
 @pytest.fixture(scope="module")
@@ -133,20 +82,6 @@ def test_an_interrupted_run_ends_as_one_in_a_piece(whole: Path, monkeypatch: pyt
     assert largest_difference(weights(whole, "whole"), weights(whole, "cut")) == 0.0
 
 
-def test_two_processes_train_what_one_trains(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each has half of every step, in two parts, and all passages of the step compete."""
-    monkeypatch.chdir(folder)
-    more = ["train.epochs=1", "held_out_share=0", "train.logging_steps=5"]
-    assert run_command("retriever", command("one", *more)) == 0
-    parts = ["train.batch_size=2", "train.gradient_accumulation=4"]
-    both = run_in_two(folder, ["retriever", *command("two", *more, *parts)])
-    assert both.codes == [[0], [0]], both.err
-    assert manifest(folder, "two")["metrics"]["processes"] == 2
-    assert manifest(folder, "two")["metrics"]["steps"] == 3
-    assert largest_difference(weights(folder, "one"), weights(folder, "two")) < 1e-5
-    assert losses(folder, "one")[0]["loss"] == pytest.approx(losses(folder, "two")[0]["loss"], abs=1e-4)
-
-
 def test_an_adapter_is_merged_into_a_plain_encoder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     given = command("lora", "tuning=lora", "lora.rank=4", "train.max_steps=3", "held_out_share=0")
@@ -162,7 +97,7 @@ def test_an_adapter_is_merged_into_a_plain_encoder(folder: Path, monkeypatch: py
 def test_an_encoder_made_from_nothing_learns_the_words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     small = ["encoder.vocabulary=60", "encoder.dimensions=32", "train.max_steps=30", "objective.negatives=first"]
-    given = ["run=new", "data.path=rows.jsonl", "negatives=2", "train.batch_size=8", "held_out_share=0.2", *small]
+    given = ["run=new", "data.path=queries.jsonl", "negatives=2", "train.batch_size=8", "held_out_share=0.2", *small]
     assert run_command("retriever", given) == 0
     rows = losses(folder, "new")
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
@@ -180,7 +115,7 @@ def test_an_encoder_made_from_nothing_learns_the_words(folder: Path, monkeypatch
         (["temperature=0"], "temperature=0.0: must be above 0"),
         (["train.packing=true"], "train.packing: only sft has it"),
         (["distributed.strategy=ddp"], "distributed.strategy=ddp is for several processes"),
-        (["also=[rows.jsonl]"], "is also in rows.jsonl"),
+        (["also=[queries.jsonl]"], "is also in queries.jsonl"),
         (["objective.min_teacher_score=9"], "teacher scores too low: lower min_teacher_score"),
         (["encoder.path=bert", "encoder.passage_max_length=100"], "reads at most 64 tokens"),
     ],
@@ -189,5 +124,6 @@ def test_what_cannot_work_is_said_at_once(
     more: list[str], said: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
-    assert run_command("retriever", ["run=bad", "data.path=rows.jsonl", "negatives=2", "held_out_share=0", *more]) == 2
+    given = ["run=bad", "data.path=queries.jsonl", "negatives=2", "held_out_share=0"]
+    assert run_command("retriever", [*given, *more]) == 2
     assert said in capsys.readouterr().err

@@ -159,13 +159,13 @@ def test_rows_come_in_three_forms(reward_model: RewardModel) -> None:
         "completion": [{"role": "assistant", "content": answer}],
     }
     scores = reward_model.score([ROWS[6], as_lists, {"prompt": question, "completion": answer}])
-    assert scores[0] == scores[1] == scores[2]
+    assert scores == pytest.approx([scores[0]] * 3, abs=1e-5)  # a place in the batch moves the last digits
     messages = [message.model_dump() for message in conversation(question, answer)]
     rendered = tokenizer().apply_chat_template(messages, tokenize=False)
     assert rendered.endswith("<|im_end|>\n")  # what follows the end of turn is no part of the answer
     as_text = reward_model.score([rendered, rendered.rstrip(), ROWS[0]])
     assert as_text == pytest.approx([scores[0], scores[0], reward_model.score(ROWS[:1])[0]], abs=1e-4)
-    assert as_text[0] == as_text[1]
+    assert as_text[0] == pytest.approx(as_text[1], abs=1e-5)
     assert reward_model.score([]) == []
 
 
