@@ -77,13 +77,13 @@ class HeldOut:
     metrics: list[dict[str, Any]]
     predictions: list[list[Prediction]]
 
-    @property
+    @cached_property
     def models(self) -> list[str]:
         """All models, in the order of the first run that has them; what was kept of several rounds stands last."""
         found = list(dict.fromkeys(name for metrics in self.metrics for name in metrics["models"]))
         return sorted(found, key=lambda name: name == KEPT)
 
-    @property
+    @cached_property
     def ladder(self) -> list[str]:
         """The models in the order of training, without controls and upper bounds."""
         beside = {*self.roles.controls, *self.roles.upper_bounds}
@@ -104,23 +104,23 @@ class HeldOut:
             return "upper"
         return f"rung-{self.ladder.index(model) % 6}" if model in self.ladder else "muted"
 
-    @property
+    @cached_property
     def scores(self) -> list[str]:
         """Every score of the models that is an estimate."""
         return estimated([each for metrics in self.metrics for each in metrics["models"].values()])
 
-    @property
+    @cached_property
     def differences(self) -> list[str]:
         """Every score that models were compared by."""
         return estimated([each for metrics in self.metrics for each in metrics["comparisons"]])
 
-    @property
+    @cached_property
     def measures(self) -> list[str]:
         """Scores of single answers, higher is better: those that models are compared by, the deciding one first."""
         found = self.differences or [name for name in ("exact_match", "judge") if name in self.scores]
         return sorted((name for name in found if name in self.scores), key=lambda name: name != "exact_match")
 
-    @property
+    @cached_property
     def main(self) -> str:
         """The score that decides whether a stage helped: exact match, or else the first that there is."""
         return next(iter(self.measures), self.scores[0])
