@@ -88,7 +88,7 @@ def open_page(page: Path, times: int = 5) -> tuple[list[float], list[float], lis
 
 
 def _task_seconds(browser: Browser) -> float:
-    """Processor time of all that the page's main thread has done; each file opened after about:blank has a fresh one."""
+    """Processor time of all that the page's main thread has done; a file opened after about:blank has a new one."""
     found = {each["name"]: each["value"] for each in browser.ask("Performance.getMetrics")["metrics"]}
     return float(found["TaskDuration"])
 
