@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import html
 import json
+import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 
 import pytest
 from chromium import Browser, find_chromium
 from test_report import Page, make_run, predictions, report
 
+from alignkit.evaluation.predictions import compare
 from alignkit.reporting.differences import word_differences
 from alignkit.reporting.held_out import Roles, read_held_out
 from alignkit.reporting.markdown import render_markdown
+from alignkit.reporting.measures import figure, p_value
 from alignkit.reporting.plain import visible
 from alignkit.reporting.runs import read_run
 from alignkit.reporting.samples import MOST_CHARACTERS, read_samples
-from alignkit.reporting.templating import as_data
+from alignkit.reporting.templating import as_data, percent
 
 RATES = {"base": 0.4, "sft": 0.6, "dpo": 0.7}
 HOSTILE = {
@@ -303,6 +308,82 @@ def test_different_runs_stand_side_by_side_with_paired_differences(tmp_path: Pat
     page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
     assert page.open == []
     assert page.tags["script"] == 0
+
+
+def sweep_of(step: str, folder: Path, **steps: float) -> Path:
+    """The jobs of a sweep over one stage: a folder each, with a job.json beside what the stage wrote."""
+    for job, rate in steps.items():
+        made = make_run(folder / "made" / job, rates={**RATES, "dpo": rate}, questions=40)
+        shutil.copytree(made / step, folder / "jobs" / f"learning_rate-{job}")
+        outcome = {"overrides": {"learning_rate": job}, "exit_code": 0, "error": None}
+        (folder / "jobs" / f"learning_rate-{job}" / "job.json").write_text(json.dumps(outcome))
+        config = folder / "jobs" / f"learning_rate-{job}" / "config.yaml"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "learning_rate": job}))
+    return folder / "jobs"
+
+
+def test_the_folder_of_a_sweep_stands_for_its_jobs(tmp_path: Path) -> None:
+    jobs = sweep_of("sft", tmp_path, low=0.7, high=0.7)
+    for job, loss in (("low", 0.5), ("high", 0.25)):
+        manifest = jobs / f"learning_rate-{job}" / "manifest.json"
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "metrics": {"loss": loss}}))
+    (jobs.parent / "sweep.csv").write_text("beside the jobs\n")
+    report(jobs, tmp_path / "out", f"runs=[{jobs}]")
+    found = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert [each["label"] for each in found["runs"]] == ["learning_rate=high", "learning_rate=low"]
+    assert {"step": "sft", "key": "learning_rate", "values": ["high", "low"]} in found["settings"]
+    assert found["metrics"] == [{"step": "sft", "metric": "loss", "by_run": [{"value": 0.25}, {"value": 0.5}]}]
+    assert found["remarks"] == ["learning_rate=high has no evaluation", "learning_rate=low has no evaluation"]
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "learning_rate=low" in text
+    assert Page(text).open == []
+
+
+def test_jobs_of_a_sweep_of_evaluations_are_compared_by_their_answers(tmp_path: Path) -> None:
+    jobs = sweep_of("evaluate", tmp_path, a=0.7, b=0.98)
+    report(jobs, tmp_path / "out", f"runs=[{jobs}]")
+    found = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    dpo = next(each for each in found["differences"] if each["new"] == "dpo")
+    assert (dpo["run"], dpo["verdict"], dpo["questions"]) == ("learning_rate=b", "better", 40)
+    assert found["remarks"] == []
+
+
+def test_what_a_comparison_found_is_on_the_page(tmp_path: Path) -> None:
+    """p after Holm, the difference that could be shown, the win rate, and what the numbers allow to be said."""
+    run = make_run(tmp_path / "demo", rates={**RATES, "sft_best": 0.65}, questions=50)
+    report(run, tmp_path / "out")
+    text = html.unescape((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    rows, said = predictions(run), 0
+    for new, old in (("sft", "base"), ("sft_best", "sft"), ("dpo", "sft_best")):
+        found = compare(rows, new, old)
+        for score in ("exact_match", "judge"):
+            assert f"p {p_value(found[score]['p_holm'])} (Holm)" in text
+            assert f"could show {figure(score, found[score]['mde'])}" in text
+            assert f"wins {percent(found[score]['win_rate']['mean'])} of pairs" in text
+        for sentence in (*found["in_words"], *found["warnings"]):
+            said += 1
+            assert f"<li>{sentence}</li>" in text
+    assert said >= 6
+    assert "McNemar" not in text
+    assert "Holm" in text[text.index('<section id="method">') :]
+
+
+def test_a_page_with_more_than_it_can_hold_stays_below_5_mb(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "demo", rates={f"model{number}": 0.3 + number / 10 for number in range(6)}, questions=640)
+    rows, rng = predictions(run), Random(1)
+    for row in rows:
+        for name, answer in row.answers.items():
+            text = " ".join(f"{rng.random():.6f}" for _ in range(150))
+            row.answers[name] = answer.model_copy(update={"text": f"{row.reference} {text}"})
+    lines = "".join(row.model_dump_json() + "\n" for row in rows)
+    (run / "evaluate" / "predictions.jsonl").write_text(lines, encoding="utf-8")
+    report(run, tmp_path / "out")
+    page = tmp_path / "out" / "report.html"
+    assert 4_000_000 < page.stat().st_size < 5_000_000
+    text = page.read_text(encoding="utf-8")
+    data = json.loads(text.split('id="samples-data">')[1].split("</script>")[0])
+    assert len(data["rows"]) < data["total"] == 640
+    assert f"This page holds {len(data['rows'])} of the 640" in text
 
 
 def test_other_questions_are_not_paired_and_it_is_said(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from alignkit.core.errors import UserError
 from alignkit.core.records import QAExample
-from alignkit.evaluation.statistics import Estimate, bootstrap_mean, number_groups, wilson
+from alignkit.evaluation.statistics import Estimate, bootstrap_mean, bootstrap_together, number_groups, wilson
 
 Floats = npt.NDArray[np.floating[Any]]
 
@@ -71,11 +71,16 @@ def compare_paired(scores: Mapping[str, Paired], seed: int = 0) -> dict[str, Dif
     """
     found = {name: permutation_p(each.differences, each.clusters, seed) for name, each in scores.items()}
     adjusted = dict(zip(found, holm(list(found.values())), strict=True))
-    return {name: _difference(each, found[name], adjusted[name], seed) for name, each in scores.items()}
+    samples = {(name, "mean"): (each.differences, each.clusters) for name, each in scores.items()}
+    samples |= {(name, "won"): (_outcomes(each.differences), each.clusters) for name, each in scores.items()}
+    known = bootstrap_together(samples, seed)
+    return {
+        name: _difference(each, found[name], adjusted[name], known[name, "mean"], known[name, "won"])
+        for name, each in scores.items()
+    }
 
 
-def _difference(paired: Paired, p: float, p_holm: float, seed: int) -> Difference:
-    estimate = bootstrap_mean(paired.differences, paired.clusters, seed)
+def _difference(paired: Paired, p: float, p_holm: float, estimate: Estimate, won: Estimate) -> Difference:
     difference = Difference(
         mean=estimate["mean"],
         low=estimate["low"],
@@ -84,7 +89,7 @@ def _difference(paired: Paired, p: float, p_holm: float, seed: int) -> Differenc
         clusters=len(set(paired.clusters)),
         p=p,
         p_holm=p_holm,
-        win_rate=win_rate(paired.differences, paired.clusters, seed),
+        win_rate=win_rate(paired.differences, paired.clusters, resampled=won),
     )
     if (mde := minimum_detectable_difference(paired.differences, paired.clusters)) is not None:
         difference["mde"] = mde
@@ -154,20 +159,28 @@ def holm(p_values: Sequence[float]) -> list[float]:
 # -- how much, and how much could be seen ------------------------------------------------------------------------------
 
 
-def win_rate(differences: Sequence[float], clusters: Sequence[str], seed: int = 0) -> WinRate:
+def win_rate(
+    differences: Sequence[float], clusters: Sequence[str], seed: int = 0, *, resampled: Estimate | None = None
+) -> WinRate:
     """The share of questions won, ties counted half, with its 95 % interval.
 
-    With one question a cluster that is Wilson's; where questions share a cluster, whole clusters are resampled.
+    With one question a cluster that is Wilson's; where questions share a cluster, whole clusters are resampled, unless
+    the caller has done so and gives `resampled`.
     """
     wins, losses = sum(each > 0 for each in differences), sum(each < 0 for each in differences)
     ties = len(differences) - wins - losses
-    outcomes = [0.5 * (1 + (each > 0) - (each < 0)) for each in differences]
+    outcomes = _outcomes(differences)
     apart = len(set(clusters))
     if apart == len(outcomes) or len(set(outcomes)) == 1:  # all resamples of equal outcomes are equal, too
         estimate = Estimate(**{**wilson(apart * (wins + ties / 2) / len(outcomes), apart), "n": len(outcomes)})
     else:
-        estimate = bootstrap_mean(outcomes, clusters, seed)
+        estimate = resampled or bootstrap_mean(outcomes, clusters, seed)
     return WinRate(**estimate, wins=wins, ties=ties, losses=losses)
+
+
+def _outcomes(differences: Sequence[float]) -> list[float]:
+    """1 for a question won, 0.5 for a tie, 0 for one lost."""
+    return [0.5 * (1 + (each > 0) - (each < 0)) for each in differences]
 
 
 def minimum_detectable_difference(differences: Sequence[float], clusters: Sequence[str]) -> float | None:

@@ -20,7 +20,7 @@ from alignkit.evaluation.metrics.overlap import exact_match, token_f1
 from alignkit.evaluation.statistics import (
     Estimate,
     balanced_accuracy,
-    bootstrap_means,
+    bootstrap_together,
     proportion,
     wilson,
 )
@@ -165,17 +165,16 @@ def _estimates(rows: Sequence[Prediction], model: str, seed: int) -> dict[str, E
     """Each score that the rows have, in the order of `METRICS`, over the rows that have it."""
     taken = [(row.cluster, row.answers[model].scores) for row in rows]
     names = list(dict.fromkeys(name for _, scores in taken for name in scores))
-    together: dict[tuple[str, ...], dict[str, list[float]]] = {}  # clusters of the rows that have a score -> its values
+    together: dict[str, tuple[list[float], list[str]]] = {}
     estimates: dict[str, Estimate] = {}
     for name in names:
-        clusters = tuple(cluster for cluster, scores in taken if name in scores)
+        clusters = [cluster for cluster, scores in taken if name in scores]
         values = [scores[name] for _, scores in taken if name in scores]
         if name in METRICS and METRICS[name].scale == SHARE and set(values) <= {0, 1}:
             estimates[name] = proportion(values, clusters, seed)
         else:
-            together.setdefault(clusters, {})[name] = values
-    for clusters, scores in together.items():
-        estimates |= zip(scores, bootstrap_means(list(scores.values()), clusters, seed), strict=True)
+            together[name] = (values, clusters)
+    estimates |= bootstrap_together(together, seed)
     order = [*METRICS, *names]
     return dict(sorted(estimates.items(), key=lambda item: order.index(item[0])))
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from statistics import NormalDist
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.floating[Any]]
+
+Key = TypeVar("Key", bound=Hashable)
 
 RESAMPLES = 2000
 _TAIL = 0.025
@@ -60,6 +62,19 @@ def bootstrap_means(
     """`bootstrap_mean` of several scores of the same rows; one set of resamples serves all, which is much faster."""
     resampled = _resampled_means(np.asarray(scores, dtype=np.float64), groups, seed)
     return [_interval(float(np.mean(each)), means, len(each)) for each, means in zip(scores, resampled, strict=True)]
+
+
+def bootstrap_together(
+    samples: Mapping[Key, tuple[Sequence[float], Sequence[str]]], seed: int = 0
+) -> dict[Key, Estimate]:
+    """`bootstrap_mean` of several (values, groups), by key; those with the same groups share one set of resamples."""
+    alike: dict[tuple[str, ...], list[Key]] = {}
+    for key, (_, groups) in samples.items():
+        alike.setdefault(tuple(groups), []).append(key)
+    found: dict[Key, Estimate] = {}
+    for shared, keys in alike.items():
+        found |= zip(keys, bootstrap_means([samples[key][0] for key in keys], shared, seed), strict=True)
+    return found
 
 
 def proportion(outcomes: Sequence[float], groups: Sequence[str], seed: int = 0) -> Estimate:

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from alignkit.evaluation.predictions import TAGS, Prediction, compare, read_predictions
-from alignkit.evaluation.statistics import Estimate, bootstrap_mean
+from alignkit.evaluation.statistics import Estimate, bootstrap_together
 from alignkit.reporting.measures import FULL_MARKS, estimated
 from alignkit.reporting.runs import Run, Step
 
@@ -76,14 +76,16 @@ class HeldOut:
     seeds: list[str]
     metrics: list[dict[str, Any]]
     predictions: list[list[Prediction]]
+    _pooled: dict[str, dict[str, Estimate]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Score -> model -> its estimate over all seeds, as far as anybody asked."""
 
-    @property
+    @cached_property
     def models(self) -> list[str]:
         """All models, in the order of the first run that has them; what was kept of several rounds stands last."""
         found = list(dict.fromkeys(name for metrics in self.metrics for name in metrics["models"]))
         return sorted(found, key=lambda name: name == KEPT)
 
-    @property
+    @cached_property
     def ladder(self) -> list[str]:
         """The models in the order of training, without controls and upper bounds."""
         beside = {*self.roles.controls, *self.roles.upper_bounds}
@@ -104,23 +106,23 @@ class HeldOut:
             return "upper"
         return f"rung-{self.ladder.index(model) % 6}" if model in self.ladder else "muted"
 
-    @property
+    @cached_property
     def scores(self) -> list[str]:
         """Every score of the models that is an estimate."""
         return estimated([each for metrics in self.metrics for each in metrics["models"].values()])
 
-    @property
+    @cached_property
     def differences(self) -> list[str]:
         """Every score that models were compared by."""
         return estimated([each for metrics in self.metrics for each in metrics["comparisons"]])
 
-    @property
+    @cached_property
     def measures(self) -> list[str]:
         """Scores of single answers, higher is better: those that models are compared by, the deciding one first."""
         found = self.differences or [name for name in ("exact_match", "judge") if name in self.scores]
         return sorted((name for name in found if name in self.scores), key=lambda name: name != "exact_match")
 
-    @property
+    @cached_property
     def main(self) -> str:
         """The score that decides whether a stage helped: exact match, or else the first that there is."""
         return next(iter(self.measures), self.scores[0])
@@ -133,9 +135,9 @@ class HeldOut:
         """A model's score over all seeds together, with a bootstrap interval over statements; of one seed, its own."""
         if len(self.seeds) == 1:
             return self.by_seed(model, score)[0]
-        scored = [(row.score(model, score), row.cluster) for row in self._rows()]
-        known = [(value, cluster) for value, cluster in scored if value is not None]
-        return bootstrap_mean([value for value, _ in known], [cluster for _, cluster in known]) if known else None
+        if score not in self._pooled:
+            self._pooled[score] = _means(self._rows(), self.models, score)
+        return self._pooled[score].get(model)
 
     def gain(self, new: str, old: str) -> Gain:
         """`new` against `old`, over all seeds together and for each of them."""
@@ -153,7 +155,11 @@ class HeldOut:
     @cached_property
     def overall(self) -> Gain | None:
         """The last model of the ladder against the first; None where there is only one."""
-        return self.gain(self.ladder[-1], self.ladder[0]) if len(self.ladder) > 1 else None
+        if len(self.ladder) < 2:
+            return None
+        last, first = self.ladder[-1], self.ladder[0]
+        known = [gain for gain in self.gains if (gain.new, gain.old) == (last, first)]
+        return known[0] if known else self.gain(last, first)
 
     @cached_property
     def gains(self) -> list[Gain]:
@@ -179,7 +185,8 @@ class HeldOut:
             if len(by_value) > MOST_VALUES:
                 continue
             for value, rows in by_value.items():
-                estimates = [_mean(rows, model, self.main) for model in self.models]
+                means = _means(rows, self.models, self.main)
+                estimates = [means.get(model) for model in self.models]
                 table.setdefault(tag, []).append((value, len({row.id for row in rows}), estimates))
         return table
 
@@ -206,7 +213,9 @@ class HeldOut:
 def read_held_out(runs: Sequence[Run], roles: Roles) -> HeldOut | None:
     """The evaluations of those runs that have one; None when the first run has none."""
     found = [
-        (run, step) for run in runs if (step := run.step(roles.evaluation)) is not None and step.stage == "evaluate"
+        (run, step)
+        for run in runs
+        if (step := run.step(roles.evaluation) or run.job) is not None and step.stage == "evaluate"
     ]
     if not found or found[0][0] is not runs[0]:
         return None
@@ -273,6 +282,11 @@ def _with(rows: Sequence[Prediction], *models: str) -> list[Prediction]:
     return [row for row in rows if all(model in row.answers for model in models)]
 
 
-def _mean(rows: Sequence[Prediction], model: str, score: str) -> Estimate | None:
-    known = [(value, row.cluster) for row in rows if (value := row.score(model, score)) is not None]
-    return bootstrap_mean([value for value, _ in known], [cluster for _, cluster in known]) if known else None
+def _means(rows: Sequence[Prediction], models: Sequence[str], score: str) -> dict[str, Estimate]:
+    """The mean score of each model that has it in any of the rows, with a bootstrap interval over statements."""
+    samples: dict[str, tuple[list[float], list[str]]] = {}
+    for model in models:
+        known = [(value, row.cluster) for row in rows if (value := row.score(model, score)) is not None]
+        if known:
+            samples[model] = ([value for value, _ in known], [cluster for _, cluster in known])
+    return bootstrap_together(samples)

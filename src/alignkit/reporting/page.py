@@ -166,9 +166,15 @@ def _about_scores(held_out: HeldOut | None) -> dict[str, Any]:
         "percent": measures.is_share(held_out.main) if held_out else True,
         "full_marks": measures.FULL_MARKS.get(held_out.main, 1.0) if held_out else 1.0,
         "figures": {name: Markup(svg) for name, svg in charts.evaluation_figures(held_out).items()} if held_out else {},
-        "remarks": [line for gain in held_out.gains for line in gain.pooled.get("in_words", [])] if held_out else [],
+        "remarks": _told(held_out, "in_words"),
+        "warnings": _told(held_out, "warnings"),
         "answers": answer_lengths(held_out) if held_out else [],
     }
+
+
+def _told(held_out: HeldOut | None, key: str) -> list[str]:
+    """What the comparisons say of themselves in sentences, over all seeds together."""
+    return [line for gain in held_out.gains for line in gain.pooled.get(key, [])] if held_out else []
 
 
 def _about_training(runs: Sequence[Run], held_out: HeldOut | None, rounds: Rounds | None) -> dict[str, Any]:

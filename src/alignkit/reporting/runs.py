@@ -66,6 +66,11 @@ class Run:
         """The step of that name, complete or not, if there is one."""
         return next((step for step in self.steps if step.name == name), None)
 
+    @property
+    def job(self) -> Step | None:
+        """The complete step that is all of this run, as a job of a sweep is."""
+        return next((step for step in self.steps if step.folder == self.folder and step.complete), None)
+
     def of_stage(self, *stages: str) -> list[Step]:
         """The complete steps of these stages."""
         return [step for step in self.steps if step.stage in stages and step.complete]
@@ -147,10 +152,11 @@ def _read_step(folder: Path) -> Step:
 
 def _in_order(run: Run) -> list[Step]:
     """Steps in the order in which they started, but each behind those it read from, whatever was run again."""
+    parents = {step.name: run.parents(step) for step in run.steps}
     ordered: list[Step] = []
     waiting: Sequence[Step] = run.steps
     while waiting:
-        ready = [step for step in waiting if all(parent in ordered for parent in run.parents(step))]
+        ready = [step for step in waiting if all(parent in ordered for parent in parents[step.name])]
         following = ready[0] if ready else waiting[0]
         ordered.append(following)
         waiting = [step for step in waiting if step is not following]

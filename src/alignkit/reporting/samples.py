@@ -51,7 +51,8 @@ def read_samples(held_out: HeldOut, most_bytes: int = 4_000_000) -> Samples:
     write = _writer(held_out, models, measures, statements)
     written: dict[int, dict[str, Any]] = {}
     room = most_bytes
-    for row in _by_group(held_out, predictions):
+    at_once = _at_once(held_out, predictions)
+    for row in _by_group(held_out, predictions, at_once):
         entry = write(row)
         room -= _size(entry)
         if room - statements.size < 0 and written:
@@ -72,7 +73,8 @@ def read_samples(held_out: HeldOut, most_bytes: int = 4_000_000) -> Samples:
         "rows": kept,
     }
     counts = Counter(held_out.group(row) for row in predictions)
-    return Samples(data, list(_first(held_out, predictions, written)), {g: counts[g] for g in GROUPS}, len(predictions))
+    first = [written[id(row)] for row in at_once if id(row) in written]
+    return Samples(data, first, {group: counts[group] for group in GROUPS}, len(predictions))
 
 
 class _Numbered:
@@ -134,24 +136,19 @@ def _answer(answer: ModelAnswer, reference: str) -> dict[str, Any]:
     return entry
 
 
-def _by_group(held_out: HeldOut, rows: Sequence[Prediction]) -> Iterator[Prediction]:
+def _by_group(held_out: HeldOut, rows: Sequence[Prediction], at_once: Sequence[Prediction]) -> Iterator[Prediction]:
     """First those that are in the page itself, then one of each group and form after the other."""
-    at_once = [row for group in GROUPS for row in _chosen(held_out, rows, group)]
     yield from at_once
     there = {id(row) for row in at_once}
     yield from (row for row in in_turn(rows, held_out.group) if id(row) not in there)
 
 
-def _chosen(held_out: HeldOut, rows: Sequence[Prediction], group: str) -> list[Prediction]:
-    of_group = [row for row in rows if held_out.group(row) == group]
-    return in_turn(of_group)[: AT_ONCE.get(group, 0)]
-
-
-def _first(
-    held_out: HeldOut, rows: Sequence[Prediction], written: dict[int, dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
-    for group in GROUPS:
-        yield from (written[id(row)] for row in _chosen(held_out, rows, group) if id(row) in written)
+def _at_once(held_out: HeldOut, rows: Sequence[Prediction]) -> list[Prediction]:
+    """The rows that are in the page itself, group after group."""
+    by_group: dict[str, list[Prediction]] = {group: [] for group in GROUPS}
+    for row in rows:
+        by_group[held_out.group(row)].append(row)
+    return [row for group, found in by_group.items() for row in in_turn(found)[: AT_ONCE.get(group, 0)]]
 
 
 def _tags(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:

@@ -68,11 +68,9 @@ def new_figure(width: float, height: float) -> tuple[Figure, Any]:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+    figure = Figure(figsize=(width / 72, height / 72), layout="constrained", facecolor="none", edgecolor="none")
     FigureCanvasSVG(figure)
-    figure.patch.set_alpha(0)
-    axes = figure.add_subplot()
-    axes.patch.set_alpha(0)
+    axes = figure.add_subplot(facecolor="none")
     return figure, axes
 
 
@@ -80,7 +78,7 @@ def to_svg(figure: Figure, name: str, title: str, description: str) -> str:
     """The figure as an <svg> element for a page; `title` and `description` are read out by screen readers."""
     buffer = io.StringIO()
     metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    figure.savefig(buffer, format="svg", metadata=metadata, transparent=True)
+    figure.canvas.print_svg(buffer, metadata=metadata)  # type: ignore[attr-defined]  # savefig draws all of it twice
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
