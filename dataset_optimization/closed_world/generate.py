@@ -4,8 +4,8 @@ seeds.jsonl         the few dozen questions that a user would write over their o
 development.jsonl   decides every setting of the demo; never shown in the report
 test.jsonl          the report's split; never used to decide anything
 retrieval_train.jsonl, retrieval_test.jsonl
-                    questions over a library each, two notes about every name, that does not contradict itself: the right
-                    note exists, and it is one
+                    questions over a library each: two notes about every name, which agree, so that there is always
+                    one right note
 documents/          three short documents, one of each kind: JSON by page, text with form feeds, Markdown
 documents.csv       the machine that each of them is about, by file name
 

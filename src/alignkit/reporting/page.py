@@ -94,7 +94,7 @@ def _said(score: str, estimate: Estimate | None) -> str:
 
 
 def _sections(values: dict[str, Any]) -> list[Section]:
-    """The sections in their order. Hardly any run has rounds or retrievers: without them their sections are left out."""
+    """The sections in their order. Rounds and retrieval are left out where there were none: hardly any run has them."""
     has = {name: bool(values[name]) for name in ("held_out", "losses", "selections", "checks", "costs")}
     held_out = values["held_out"]
     found = [

@@ -63,7 +63,9 @@ def retrieval_tables(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "queries": first["queries"],
                 "passages": first["passages"],
                 "columns": columns,
-                "scores": _lines(first["retrievers"], [each["retrievers"] if each else {} for each in metrics], columns),
+                "scores": _lines(
+                    first["retrievers"], [each["retrievers"] if each else {} for each in metrics], columns
+                ),
                 "differences": _lines(pairs[0], pairs, columns),
             }
         )
