@@ -67,7 +67,7 @@ def test_the_retrieval_pipeline_closes_the_loop() -> None:
     assert reads["lm_score"] == {"mine", "sft"}
     assert reads["retriever"] == {"lm_score"} and reads["contrast"] == {"mine"}
     assert reads["evaluate_retriever"] == {"retriever", "contrast"}
-    answers = {"answers_before", "answers_bm25", "answers_after"}
+    answers = {"answers_before", "answers_bm25", "answers_contrast", "answers_after"}
     assert all(reads[name] == {"evaluate_retriever", "sft"} for name in answers)
     assert reads["evaluate"] == {*answers, "answers_right"}
 
