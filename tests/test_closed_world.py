@@ -85,6 +85,24 @@ def test_what_is_not_of_the_world_is_not_read() -> None:
     assert read_question("") is None
 
 
+# -- libraries --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_the_notes_of_a_library_agree_and_tell_each_fact_once(split: str) -> None:
+    """340 names, two notes each, and between them all 4 or 5 facts that a name of its kind has."""
+    passages = World(9, split=split).library()
+    told = Counter((fact.entity, fact.relation) for passage in passages for fact in passage.facts)
+    assert set(told.values()) == {1}
+    words = lexicon()
+    assert set(told) == {(entity, each) for each in RELATIONS for entity in words[each.subject]}
+    assert Counter(passage.entities for passage in passages) == {(e,): 2 for kind in SUBJECTS for e in words[kind]}
+    assert all(read_statement(passage.statement) == passage.facts for passage in passages)
+    values = {fact.value for passage in passages for fact in passage.facts}
+    assert bool(values & held_out_names()) == (split == "held_out")
+    assert World(9, split=split).library() == passages
+
+
 # -- the right answer -------------------------------------------------------------------------------------------------
 
 

@@ -384,6 +384,16 @@ def test_the_documents_are_those_that_their_script_writes() -> None:
     assert (WORLD / "documents.csv").read_text(encoding="utf-8") == generate["metadata"]()
 
 
+def test_the_libraries_are_those_that_their_script_writes_and_share_no_note() -> None:
+    generate = runpy.run_path(str(WORLD / "generate.py"))
+    notes = []
+    for split in ("retrieval_train", "retrieval_test"):
+        lines = (WORLD / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line) for line in lines] == generate["library_rows"](split)
+        notes += [json.loads(line)["instruction"] for line in lines]
+    assert len(notes) == len(set(notes)) == 1360
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real inputs are not here")
 @pytest.mark.parametrize("folder", ["qa-expert/docs", "raft"])
 def test_real_documents_go_through(folder: str) -> None:

@@ -64,6 +64,17 @@ def test_the_report_shows_exactly_the_replicates() -> None:
     assert alone.config.replicates == []  # type: ignore[attr-defined]
 
 
+def test_the_retrieval_pipeline_closes_the_loop() -> None:
+    """From the adapter's opinion to the retriever, and from what that finds to the adapter's answers."""
+    reads = {step.name: {folder.name for folder in step.needs} for step in steps_of("pipeline=retrieval")}
+    assert reads["lm_score"] == {"mine", "sft"}
+    assert reads["retriever"] == {"lm_score"} and reads["contrast"] == {"mine"}
+    assert reads["evaluate_retriever"] == {"retriever", "contrast"}
+    answers = {"answers_before", "answers_bm25", "answers_contrast", "answers_after"}
+    assert all(reads[name] == {"evaluate_retriever", "sft"} for name in answers)
+    assert reads["evaluate"] == {*answers, "answers_right"}
+
+
 def test_variables_may_hold_any_path_and_seeds_must_differ(tmp_path: Path) -> None:
     odd = "my files (1), part=2.jsonl"
     steps = steps_of("pipeline=demo", f'variables.held_out="{odd}"', "replicates=[]")

@@ -96,13 +96,19 @@ def test_an_adapter_is_merged_into_a_plain_encoder(folder: Path, monkeypatch: py
 
 def test_an_encoder_made_from_nothing_learns_the_words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
+    from sentence_transformers import SentenceTransformer
+
     small = ["encoder.vocabulary=60", "encoder.dimensions=32", "train.max_steps=30", "objective.negatives=first"]
     given = ["run=new", "data.path=queries.jsonl", "negatives=2", "train.batch_size=8", "held_out_share=0.2", *small]
     assert run_command("retriever", given) == 0
     rows = losses(folder, "new")
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+    start, end = (SentenceTransformer(f"runs/new/retriever/{name}") for name in ("start", "model"))
+    vectors = [each.encode(["who"], prompt_name="qa_query") for each in (start, end)]
+    assert vectors[0].shape == vectors[1].shape == (1, 32) and abs(vectors[0] - vectors[1]).max() > 1e-3
     assert run_command("retriever", given) == 0  # up to date
     assert run_command("retriever", [*given, "name=again", "encoder.path=runs/new/retriever/model"]) == 0
+    assert not (folder / "runs/new/again/start").exists()  # the caller has it
 
 
 @pytest.mark.parametrize(

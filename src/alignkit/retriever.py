@@ -10,6 +10,7 @@ Reads:   data.path, also: rows with query, pos, neg, task, and maybe teacher_sco
          HotpotQA's rows
          encoder.path: a sentence-transformers model or a plain encoder, or `new` for one that is made from nothing
 Writes:  model/, as SentenceTransformer("runs/<run>/retriever/model") reads it
+         start/, with encoder=new: the encoder before training, to compare with
          held_out_ndcg.jsonl: of each held-out query its nDCG@10 before and after
          loss.jsonl, dropped.jsonl
 
@@ -52,7 +53,7 @@ from alignkit.core.config import (
 )
 from alignkit.core.errors import UserError
 from alignkit.core.records import RetrievalExample
-from alignkit.core.retriever_config import EncoderConfig, TaskConfig
+from alignkit.core.retriever_config import NEW, EncoderConfig, TaskConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -154,6 +155,9 @@ def run(config: RetrieverConfig) -> Artifact:
         texts = (text for each in train for text in (each.query, *each.pos, *each.neg))
         encoder = load_encoder(config.encoder, texts, config.seed, cosine=cosine)
         before = ndcg_of_each(encoder, held_out, tasks) if artifact.writes else {}
+        if artifact.writes and config.encoder.path == NEW:
+            with artifact.output("start") as folder:
+                save_encoder(encoder, folder, tasks)
 
         if config.tuning is Tuning.lora:
             add_adapter(encoder, config.lora, config.seed)

@@ -10,6 +10,7 @@ from alignkit.evaluation.statistics import Estimate
 from alignkit.reporting import charts, costs, flow, measures, tables
 from alignkit.reporting.answer_lengths import answer_lengths, training_lengths
 from alignkit.reporting.held_out import HeldOut
+from alignkit.reporting.retrieval import retrieval_tables, retriever_gains
 from alignkit.reporting.rewards import RewardSection, best_of_n_gains, reward_sections
 from alignkit.reporting.rounds import Rounds
 from alignkit.reporting.runs import Run, read_aside
@@ -93,7 +94,7 @@ def _said(score: str, estimate: Estimate | None) -> str:
 
 
 def _sections(values: dict[str, Any]) -> list[Section]:
-    """The sections in their order. Rounds are left out where there were none: hardly any run has them."""
+    """The sections in their order. Rounds and retrieval are left out where there were none: hardly any run has them."""
     has = {name: bool(values[name]) for name in ("held_out", "losses", "selections", "checks", "costs")}
     held_out = values["held_out"]
     found = [
@@ -105,6 +106,7 @@ def _sections(values: dict[str, Any]) -> list[Section]:
         Section("breakdown", "Breakdown", bool(held_out and held_out.breakdown)),
         Section("training", "Training", has["losses"]),
         Section("reward", "Reward model", bool(values["rewards"] or values["best_of_n"])),
+        Section("retrieval", "Retrieval", bool(values["retrieval"] or values["retriever_gains"])),
         Section("selection", "Selection", has["selections"]),
         Section("lengths", "Lengths", bool(values["answers"] or values["trained"])),
         Section("checks", "Checks", has["checks"]),
@@ -114,7 +116,7 @@ def _sections(values: dict[str, Any]) -> list[Section]:
         Section("reproduce", "How to reproduce", True),
         Section("method", "Method", True),
     ]
-    return [section for section in found if section.name != "rounds" or section.there]
+    return [section for section in found if section.name not in ("rounds", "retrieval") or section.there]
 
 
 def _about_the_run(runs: Sequence[Run]) -> dict[str, Any]:
@@ -188,6 +190,8 @@ def _about_training(runs: Sequence[Run], held_out: HeldOut | None, rounds: Round
         "best_of_n_gains": best_of_n_gains(runs),
         "best_of_n": [(title, Markup(svg)) for title, svg in charts.best_of_n_figures(runs)],
         "rewards": reward_sections(runs),
+        "retrieval": retrieval_tables(runs),
+        "retriever_gains": retriever_gains(runs),
         "trained": training_lengths(runs[0]),
     }
 

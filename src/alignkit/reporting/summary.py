@@ -11,6 +11,7 @@ from alignkit.reporting.answer_lengths import answer_lengths, training_lengths
 from alignkit.reporting.figures import Curve
 from alignkit.reporting.held_out import Gain, HeldOut
 from alignkit.reporting.page import divergences, headline
+from alignkit.reporting.retrieval import retrieval_tables, retriever_gains
 from alignkit.reporting.rewards import best_of_n_gains
 from alignkit.reporting.rounds import Rounds
 from alignkit.reporting.runs import Run
@@ -53,6 +54,8 @@ def summarise_run(runs: Sequence[Run], held_out: HeldOut | None, rounds: Rounds 
             for of, found in best_of_n_gains(runs)
             for name, each in found
         ],
+        "retrieval": [_retrieval(each) for each in retrieval_tables(runs)],
+        "retriever_gains": retriever_gains(runs),
         "lengths": {
             "answers": answer_lengths(held_out) if held_out else [],
             "training": training_lengths(run),
@@ -106,6 +109,14 @@ def _breakdown(held_out: HeldOut) -> dict[str, Any]:
 
 def _curve(curve: Curve) -> dict[str, Any]:
     return {"title": curve.title, "step": list(curve.x), "value": list(curve.y)}
+
+
+def _retrieval(found: Mapping[str, Any]) -> dict[str, Any]:
+    named = {
+        kind: [{"title": title, **dict(zip(found["columns"], cells, strict=True))} for title, cells in found[kind]]
+        for kind in ("scores", "differences")
+    }
+    return {key: found[key] for key in ("step", "queries", "passages")} | named
 
 
 def _reward(runs: Sequence[Run], name: str) -> dict[str, Any]:

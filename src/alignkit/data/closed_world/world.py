@@ -103,9 +103,32 @@ class World:
             taken = {fact.value for fact in drawn} | set(named)
             value = rng.choice([word for word in self.values(relation.value) if word not in taken])
             drawn.append(Fact(entity, relation, value))
-        rng.shuffle(drawn)
-        sentences = [rng.choice(fact.relation.sentences).format(e=fact.entity, v=fact.value) for fact in drawn]
-        return Passage("Notes: " + " ".join(sentences), tuple(drawn), named)
+        return self._written(drawn, named)
+
+    def library(self) -> list[Passage]:
+        """Two passages about every name of the world, each with half of its facts, in random order.
+
+        Unlike those of `passage`, they agree: whatever is asked of a name, at most one of them says it.
+        """
+        passages = []
+        for subject in SUBJECTS:
+            relations = [relation for relation in RELATIONS if relation.subject == subject]
+            for entity in lexicon()[subject]:
+                facts: list[Fact] = []
+                for relation in self.rng.sample(relations, len(relations)):
+                    taken = {fact.value for fact in facts} | {entity}
+                    value = self.rng.choice([word for word in self.values(relation.value) if word not in taken])
+                    facts.append(Fact(entity, relation, value))
+                half = len(facts) // 2
+                passages += [self._written(each, (entity,)) for each in (facts[:half], facts[half:])]
+        self.rng.shuffle(passages)
+        return passages
+
+    def _written(self, facts: list[Fact], entities: tuple[str, ...]) -> Passage:
+        """The passage that states these facts, which are shuffled."""
+        self.rng.shuffle(facts)
+        sentences = [self.rng.choice(fact.relation.sentences).format(e=fact.entity, v=fact.value) for fact in facts]
+        return Passage("Notes: " + " ".join(sentences), tuple(facts), entities)
 
     def wrong_value(self, passage: Passage, fact: Fact) -> str:
         """A value that `fact` does not have, more often than not another one of the same passage."""
