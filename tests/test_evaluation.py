@@ -10,10 +10,11 @@ import pytest
 
 from alignkit.core.records import QAExample
 from alignkit.data.chat import qa_prompt
+from alignkit.evaluation.comparison import in_units
 from alignkit.evaluation.leakage import find_leakage
 from alignkit.evaluation.metrics.content import verdict_is_right
 from alignkit.evaluation.metrics.overlap import exact_match, token_f1
-from alignkit.evaluation.predictions import Prediction, breakdown, compare, score_answer, summarise
+from alignkit.evaluation.predictions import Prediction, breakdown, compare, score_answer, scores_to_compare, summarise
 from alignkit.evaluation.statistics import balanced_accuracy, bootstrap_mean, proportion, wilson
 
 # -- one answer ------------------------------------------------------------------------------------------------------
@@ -264,3 +265,16 @@ def test_an_adapter_of_unknown_origin_is_said_to_be_one(tmp_path: Path) -> None:
     leakage = find_leakage([example], [adapter, str(gone)])
     assert leakage.rows == set()
     assert leakage.unknown == {adapter, str(tmp_path / "gone.jsonl")}
+
+
+def test_metrics_beyond_the_defaults_are_compared_where_higher_is_better() -> None:
+    wanted = scores_to_compare(["rouge_l", "chrf", "log_perplexity", "exact_match", "reward"])
+    assert wanted == ["exact_match", "token_f1", "judge", "chrf", "reward"]  # rouge_l is a default
+    rows = [row.model_copy(deep=True) for row in ROWS]
+    for row in rows:
+        row.answers["old"].scores["chrf"], row.answers["new"].scores["chrf"] = 40.0, 60.0
+    found = compare(rows, "new", "old", scores=wanted)
+    assert (found["chrf"]["mean"], "reward" in found) == (20, False)
+    assert "chrf" not in compare(rows, "new", "old")
+    assert in_units("chrf", 20) == "20.00"
+    assert in_units("token_f1", 0.2) == in_units("preference", 0.2) == "20.0 points"

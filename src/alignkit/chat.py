@@ -21,6 +21,7 @@ Examples:
 
 from __future__ import annotations
 
+import io
 import queue
 import sys
 from collections.abc import Iterator, Sequence
@@ -121,6 +122,8 @@ def known_models(names: Sequence[str], known: Sequence[str]) -> list[str]:
 
 def read_lines(console: Console) -> Iterator[str]:
     """What is typed, or piped, line by line; Ctrl-C while nothing is written ends it."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # what is no UTF-8 becomes U+FFFD, which every tokenizer takes
     try:
         while True:
             yield input("you> " if sys.stdin.isatty() and console.is_terminal else "")

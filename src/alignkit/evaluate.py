@@ -43,8 +43,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
@@ -149,7 +151,7 @@ def run(config: EvaluateConfig) -> Artifact:
     from alignkit.evaluation.harnesses import check_harnesses, export_questions
     from alignkit.evaluation.metrics.catalogue import check_metrics
     from alignkit.evaluation.metrics.measure import score_rows
-    from alignkit.evaluation.predictions import compare, summarise
+    from alignkit.evaluation.predictions import compare, scores_to_compare, summarise
     from alignkit.evaluation.systems import identify
 
     check_metrics(config.metrics, config.measuring)
@@ -157,6 +159,8 @@ def run(config: EvaluateConfig) -> Artifact:
     systems = identify({name: source for name, source in config.models.items() if source is not None})
     comparisons = read_comparisons([system.name for system in systems], config.comparisons)
     check_config(config, systems)
+    if config.pairwise and not comparisons:
+        raise UserError("pairwise=true: there is nothing to compare with one system; name another in models")
     labels = read_labels(config.human_labels, [system.name for system in systems]) if config.human_labels else []
     with Artifact.open("evaluate", config) as artifact:
         if artifact.up_to_date:
@@ -165,9 +169,8 @@ def run(config: EvaluateConfig) -> Artifact:
         documents = {example.id: document_of(example, config.cluster_by) for example in examples}
         check_leakage(examples, systems, config, artifact)
         questions, setup = pose_questions(config, examples, systems, artifact)
-        answers = answer_with_systems(questions, systems, setup, artifact)
-        if setup.retriever is not None:
-            setup.retriever.close()
+        with closing(setup.retriever) if setup.retriever else nullcontext():
+            answers = answer_with_systems(questions, systems, setup, artifact)
         examples = [question.example for question in questions]
         grades = grade(examples, answers, config.teacher, artifact) if config.judge else {}
         rows = [predict(example, answers, grades, documents[example.id]) for example in examples]
@@ -177,7 +180,8 @@ def run(config: EvaluateConfig) -> Artifact:
             rows = ask_judge(rows, comparisons, systems, labels, config, artifact)
         artifact.write_rows("predictions.jsonl", rows)
         artifact.metrics["models"] = {name: summarise(rows, name, config.seed) for name in answers}
-        artifact.metrics["comparisons"] = [compare(rows, new, old, config.seed) for new, old in comparisons]
+        scores = scores_to_compare(config.metrics)
+        artifact.metrics["comparisons"] = [compare(rows, new, old, config.seed, scores) for new, old in comparisons]
         log_comparisons(artifact.metrics["comparisons"])
         artifact.metrics |= describe_reading(config, questions, answers, rows, systems)
         export_questions(examples, config.export, config.sampling.max_new_tokens, artifact)
@@ -196,13 +200,17 @@ def check_config(config: EvaluateConfig, systems: Sequence[System]) -> None:
     if config.sampling.n != 1:
         raise UserError(f"sampling.n={config.sampling.n}: evaluate takes one answer from each model; set sampling.n=1")
     check_sampling(config.sampling)
+    for name in ("documents", "indexed"):
+        if config.contexts is ContextKind.clean and getattr(config.passages, name) not in (NONE, False):
+            raise UserError(f"passages.{name}: not read with contexts=clean; choose noisy, retrieved or multihop")
+    if config.contexts is ContextKind.noisy and config.passages.indexed:
+        raise UserError("passages.indexed=true: distractors are drawn from passages.documents, or the statements")
+    if config.index != NONE and not Path(config.index).is_dir():
+        raise UserError(f"retrieval.path={config.index}: no index there; make one with: alignkit index run=...")
     if config.human_labels and not (config.judge or config.pairwise):
         raise UserError("human_labels: people are compared with the judge; set judge=true or pairwise=true")
     config.passages.check()
     check_servers(systems, config.servers)
-    for key, given in (("documents", config.passages.documents != NONE), ("indexed", config.passages.indexed)):
-        if config.contexts is ContextKind.clean and given:
-            raise UserError(f"passages.{key}: not read with contexts=clean; choose noisy, retrieved or multihop")
     served = [system.name for system in systems if system.kind is SystemKind.server]
     if config.contexts is ContextKind.multihop and served:
         raise UserError(

@@ -77,21 +77,23 @@ def answer_with_systems(
 ) -> Answers:
     """One answer of each system to each question; what has none goes to unanswered.jsonl with the reason.
 
-    What is finished is kept, so that an interrupted run goes on where it stopped, and a model that has finished is not
-    loaded again. Records in the artifact's metrics how many rows each system did not answer, by reason.
+    Files of answers are read first: what is wrong with one is said before anything is generated. What is finished is
+    kept, so that an interrupted run goes on where it stopped, and a model that has finished is not loaded again. Records
+    in the artifact's metrics how many rows each system did not answer, by reason.
     """
     longest_first = sorted(questions, key=lambda question: -sum(len(turn.content) for turn in question.prompt))
     answers: Answers = {}
     unanswered: list[dict[str, str]] = []
     shared: Any = None
+    read = {each.name: _read_file(each, longest_first) for each in systems if each.kind is SystemKind.answers}
     for system in systems:
-        if system.kind.runs_here:
+        if system.name in read:
+            found = read[system.name]
+        elif system.kind.runs_here:
             shared = shared if system.kind is SystemKind.adapter else None
             found, shared = _ask_model(system, longest_first, setup, artifact, shared)
-        elif system.kind is SystemKind.server:
-            found = _ask_server(system, longest_first, setup, artifact)
         else:
-            found = _read_file(system, longest_first)
+            found = _ask_server(system, longest_first, setup, artifact)
         answers[system.name] = {id: outcome for id, outcome in found.items() if isinstance(outcome, Answer)}
         missing = {each.id: outcome for each in questions if isinstance(outcome := found[each.id], Missing)}
         unanswered += [{"id": id, "model": system.name, **asdict(outcome)} for id, outcome in missing.items()]

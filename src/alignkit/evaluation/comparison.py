@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from alignkit.core.errors import UserError
 from alignkit.core.records import QAExample
+from alignkit.evaluation.metrics.catalogue import METRICS, SHARE
 from alignkit.evaluation.statistics import Estimate, bootstrap_mean, bootstrap_together, number_groups, wilson
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -245,5 +246,6 @@ def _power(name: str, found: Difference, of: str) -> str:
 
 
 def in_units(name: str, value: float) -> str:
-    """A difference as people say it: grades and rewards as they are, shares in points of a hundred."""
-    return f"{value:.2f}" if name in ("judge", "reward") else f"{100 * value:.1f} points"
+    """A difference as people say it: shares in points of a hundred, other scores on their own scale."""
+    other = name in METRICS and METRICS[name].scale != SHARE
+    return f"{value:.2f}" if other else f"{100 * value:.1f} points"

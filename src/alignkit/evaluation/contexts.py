@@ -24,6 +24,7 @@ from alignkit.core.errors import UserError
 from alignkit.core.journal import Journal
 from alignkit.core.records import Message, QAExample
 from alignkit.data.chat import qa_prompt
+from alignkit.evaluation.comparison import document_of
 from alignkit.retrieval.base import Passage, Retriever
 
 # ruff: noqa: UP045
@@ -148,7 +149,7 @@ def statement_and_question(example: QAExample) -> tuple[str, str]:
 
 def _document(example: QAExample) -> str:
     """What a row is about: the document that it names, or else its statement."""
-    return str((example.model_extra or {}).get("document") or example.instruction)
+    return document_of(example) or example.instruction
 
 
 # -- questions ---------------------------------------------------------------------------------------------------------
@@ -163,8 +164,7 @@ def pose(
     config = library.config
     passages = None if config.indexed else list(read_passages(config, examples))
     if kind is ContextKind.noisy:
-        if passages is None:
-            raise UserError("passages.indexed=true: distractors are drawn from passages.documents, or the statements")
+        assert passages is not None
         questions = ask_noisy(examples, passages, library, seed)
         return questions, None, describe_contexts(kind, questions, len(passages))
     retriever = library.open(passages)

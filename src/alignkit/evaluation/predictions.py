@@ -13,7 +13,7 @@ from alignkit.core.errors import UserError
 from alignkit.core.records import Row
 from alignkit.data.words import words
 from alignkit.evaluation.comparison import Paired, compare_paired, in_words
-from alignkit.evaluation.metrics.catalogue import METRICS, SHARE
+from alignkit.evaluation.metrics.catalogue import DEFAULT, METRICS, SHARE
 from alignkit.evaluation.metrics.content import refused, verdict_is_right
 from alignkit.evaluation.metrics.corpus import CorpusScore, corpus_bleu, corpus_chrf
 from alignkit.evaluation.metrics.overlap import exact_match, token_f1
@@ -104,7 +104,9 @@ def read_predictions(path: Path) -> list[Prediction]:
         with path.open(encoding="utf-8") as file:
             return [Prediction.model_validate_json(line) for line in file if line.strip()]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not the predictions of alignkit evaluate ({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"{path}: not the predictions of this version's evaluate ({str(error).splitlines()[0]}); run it again"
+        ) from error
 
 
 def score_answer(text: str, reference: str, *, finished: bool, judge: float | None = None) -> ModelAnswer:
@@ -189,8 +191,22 @@ def _corpus_scores(rows: Sequence[Prediction], model: str) -> dict[str, CorpusSc
     return scores
 
 
-def compare(rows: Sequence[Prediction], new: str, old: str, seed: int = 0) -> dict[str, Any]:
-    """Score by score what `new` has over `old` on the rows that both answered, each a `comparison.Difference`.
+def scores_to_compare(metrics: Sequence[str]) -> list[str]:
+    """`SCORES`, and those of `metrics` that were asked for beyond the defaults and are better when higher."""
+    return [
+        *SCORES,
+        *(
+            name
+            for name in METRICS
+            if name in metrics and name not in (*SCORES, *DEFAULT) and METRICS[name].higher_is_better
+        ),
+    ]
+
+
+def compare(
+    rows: Sequence[Prediction], new: str, old: str, seed: int = 0, scores: Sequence[str] = SCORES
+) -> dict[str, Any]:
+    """Each of `scores`, what `new` has over `old` in it on the rows that both answered, each a `comparison.Difference`.
 
     A row that one of the two has no grade for is left out of that score alone. `preference` is the judge's, where it
     was asked which of the two answers is better. For exact match also how many rows were gained and lost. `rows` may
@@ -198,13 +214,13 @@ def compare(rows: Sequence[Prediction], new: str, old: str, seed: int = 0) -> di
     not count as more evidence about other questions.
     """
     both = [row for row in rows if new in row.answers and old in row.answers]
-    scores = {}
-    for score in (*SCORES, PREFERENCE):
+    paired = {}
+    for score in (*scores, PREFERENCE):
         found = [(row.gain(new, old, score), row.cluster) for row in both]
         known = [(gain, cluster) for gain, cluster in found if gain is not None]
         if known:
-            scores[score] = Paired([gain for gain, _ in known], [cluster for _, cluster in known])
-    differences = compare_paired(scores, seed)
+            paired[score] = Paired([gain for gain, _ in known], [cluster for _, cluster in known])
+    differences = compare_paired(paired, seed)
     left_out = sum((new in row.answers) != (old in row.answers) for row in rows)
     of = "documents" if all(row.document is not None for row in both) else "statements"
     shown, warnings = in_words(f"{new} over {old}", differences, of, left_out)

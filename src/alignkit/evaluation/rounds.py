@@ -59,7 +59,7 @@ def compare_policies(rows: Sequence[Prediction], names: Sequence[str], score: Sc
     Raises `UserError` when a policy has no answers among the rows, or none with that score.
     """
     for name in names:
-        if not rows or name not in rows[0].answers:
+        if not any(name in row.answers for row in rows):
             raise UserError(f"policies: no evaluation has answers of {name!r}")
     found = []
     for before, name in zip([None, *names], names, strict=False):

@@ -85,6 +85,8 @@ def choose_models(models: Mapping[str, str | None], run: Path) -> dict[str, str]
     """
     chosen = {name: adapter for name, adapter in models.items() if adapter is not None}
     if not any(chosen.values()):
+        if not run.is_dir():
+            raise UserError(f"run={run.name}: no such run folder. Name the run whose adapters are wanted, or models")
         found = find_adapters(run)
         if not found:
             LOG.info("there is no adapter of a complete step in %s", run)

@@ -93,4 +93,7 @@ def check_metrics(metrics: Sequence[str], measuring: MeasuringConfig) -> None:
 
         if measuring.reward is None:
             raise UserError("metrics: reward needs a reward model: measuring.reward=runs/demo/reward")
-        require_reward_model(measuring.reward)
+        try:
+            require_reward_model(measuring.reward)
+        except UserError as error:
+            raise UserError(f"measuring.{error}") from error
