@@ -79,8 +79,7 @@ def answer_with_systems(
 
     Files of answers are read first: what is wrong with one is said before anything is generated. What is finished is
     kept, so that an interrupted run goes on where it stopped, and a model that has finished is not loaded again.
-    Records
-    in the artifact's metrics how many rows each system did not answer, by reason.
+    Records in the artifact's metrics how many rows each system did not answer, by reason.
     """
     longest_first = sorted(questions, key=lambda question: -sum(len(turn.content) for turn in question.prompt))
     answers: Answers = {}
