@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from random import Random
@@ -425,6 +426,16 @@ def test_samples_follow_their_rule(runs: Path) -> None:
     assert [row["g"] for row in samples.first] == wanted
     improved = [row["t"]["form"] for row in samples.first if row["g"] == "better"]
     assert len(set(improved)) == len(improved) == 4  # one form after the other
+
+
+def test_a_server_is_compared_and_is_no_stage(runs: Path) -> None:
+    found = read_held_out([read_run(runs / "demo")], Roles(controls=["sft_control"], upper_bounds=["sft_grader"]))
+    assert found is not None
+    held_out = replace(found, metrics=[{**each, "systems": {"sft_best": "server"}} for each in found.metrics])
+    assert held_out.ladder == ["base", "sft", "dpo"]
+    roles = {gain.title: gain.role for gain in held_out.gains}
+    assert (roles["sft over base"], roles["sft_best over sft"]) == ("stage", "from elsewhere")
+    assert list(roles.values())[-1] == "from elsewhere"
 
 
 def test_a_stage_is_set_against_the_control_that_began_where_it_did(runs: Path) -> None:

@@ -179,6 +179,7 @@ def run(config: EvaluateConfig) -> Artifact:
         if config.judge or config.pairwise:
             rows = ask_judge(rows, comparisons, systems, labels, config, artifact)
         artifact.write_rows("predictions.jsonl", rows)
+        artifact.metrics["systems"] = {system.name: system.kind.name for system in systems}
         artifact.metrics["models"] = {name: summarise(rows, name, config.seed) for name in answers}
         scores = scores_to_compare(config.metrics)
         artifact.metrics["comparisons"] = [compare(rows, new, old, config.seed, scores) for new, old in comparisons]

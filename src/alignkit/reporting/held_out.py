@@ -22,7 +22,10 @@ GROUPS = ("better", "worse", "wrong", "right", "unknown")
 """What became of a question from the first model of the ladder to the last: got better, got worse, still wrong, still
 right; unknown where one of the two has no score."""
 
-Role = Literal["stage", "control", "upper bound", "against control"]
+Role = Literal["stage", "control", "upper bound", "against control", "from elsewhere"]
+
+_ELSEWHERE = ("server", "answers")
+"""Kinds of systems whose training no run here knows anything of."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,18 @@ class HeldOut:
 
     @cached_property
     def ladder(self) -> list[str]:
-        """The models in the order of training, without controls and upper bounds."""
-        beside = {*self.roles.controls, *self.roles.upper_bounds}
-        return [name for name in self.models if name not in beside]
+        """The models in the order of training, without controls, upper bounds and systems from elsewhere.
+
+        Where nothing is left, all of them.
+        """
+        beside = {*self.roles.controls, *self.roles.upper_bounds, *self.elsewhere}
+        return [name for name in self.models if name not in beside] or self.models
+
+    @cached_property
+    def elsewhere(self) -> set[str]:
+        """Servers and files of answers."""
+        kinds = [item for metrics in self.metrics for item in metrics.get("systems", {}).items()]
+        return {name for name, kind in kinds if kind in _ELSEWHERE}
 
     def title(self, model: str) -> str:
         """What the page calls a model; `round2_dpo`, unless it has a title of its own, by that of `dpo`."""
@@ -170,7 +182,7 @@ class HeldOut:
             for stage, old in list(pairs):
                 if old == start and stage in self.ladder and (stage, control) not in pairs:
                     pairs.append((stage, control))
-        order: tuple[Role, ...] = ("stage", "control", "against control", "upper bound")
+        order: tuple[Role, ...] = ("stage", "control", "against control", "upper bound", "from elsewhere")
         return sorted((self.gain(new, old) for new, old in pairs), key=lambda gain: order.index(gain.role))
 
     @cached_property
@@ -203,6 +215,8 @@ class HeldOut:
         return [row for rows in self.predictions for row in rows]
 
     def _role(self, new: str, old: str) -> Role:
+        if not {new, old} <= {*self.ladder, *self.roles.controls, *self.roles.upper_bounds}:
+            return "from elsewhere"
         if old in self.roles.controls:
             return "against control"
         if new in self.roles.controls:
