@@ -30,7 +30,6 @@ from typing import ClassVar
 from alignkit.core.artifact import Artifact, read_manifest
 from alignkit.core.config import MISSING, StageConfig
 from alignkit.core.errors import UserError
-from alignkit.reporting.runs import numbers
 
 LOG = logging.getLogger("alignkit")
 
@@ -99,6 +98,8 @@ def read_jobs(folder: Path) -> list[JobResult]:
 
 
 def _read_job(path: Path) -> JobResult:
+    from alignkit.reporting.runs import numbers
+
     job = json.loads(path.read_text(encoding="utf-8"))
     manifest = read_manifest(path.parent) if job["exit_code"] == 0 else None
     flat = dict(numbers((manifest or {}).get("metrics", {})))
