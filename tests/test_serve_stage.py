@@ -80,7 +80,7 @@ def test_it_serves_until_it_is_told_to_stop_and_lets_running_requests_end(models
         (["max_answers=0"], "max_answers=0: must be at least 1"),
         (["grace_seconds=-1"], "grace_seconds=-1: must be 0 or more"),
         (["models.sft=nowhere/adapter"], "adapter nowhere/adapter: there is no adapter_config.json"),
-        (["models.base=null", "run=nowhere"], "has no adapter"),
+        (["models.base=null", "run=nowhere"], "run=nowhere: no such run folder"),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_anything_is_loaded(
