@@ -242,8 +242,11 @@ def test_a_run_s_adapters_are_those_of_its_complete_training_steps(models: Model
     assert choose_models({"base": ""}, tmp_path) == expected
     assert list(choose_models({"base": None}, tmp_path)) == ["z_sft", "best"]
     assert choose_models({"base": "", "mine": "x"}, tmp_path) == {"base": "", "mine": "x"}
-    with pytest.raises(UserError, match="has no adapter"):
+    with pytest.raises(UserError, match="no such run folder"):
         choose_models({"base": None}, tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="has no adapter"):
+        choose_models({"base": None}, tmp_path / "empty")
 
     assert choose_reward_model(None, tmp_path) == str(tmp_path / "reward")
     assert choose_reward_model("none", tmp_path) is None
