@@ -135,10 +135,10 @@ def filled(schema: type[Any], draw: random.Random) -> Any:
 
 
 def parts_that_are_handed_on() -> Iterator[tuple[str, str]]:
-    """Stage and key of every dataclass that `select`, `sft`, `sample` and `evaluate` hold."""
+    """Stage and key of every dataclass that `select`, `sft`, `sample` and `evaluate` hold; nobody hands on servers."""
     for stage in ("select", "sft", "sample", "evaluate"):
         for name, kind in typing.get_type_hints(config_class(stage)).items():
-            if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind) and name != "servers":
                 yield stage, name
 
 
