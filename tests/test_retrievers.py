@@ -218,6 +218,8 @@ def test_what_is_held_already_is_not_embedded_again(opened: Open, monkeypatch: p
     changed = Passage(id="a", text="changed")
     opened("hybrid").index([changed, *PASSAGES[1:4]])
     assert embedded[3:] == ["changed", ""]
+    assert len(opened("bm25")) == 4
+    assert [ids(hits) for hits in opened("hybrid").search(["river Sool", "changed"], 1)] == [["b"], ["a"]]
 
 
 def test_another_embedder_is_refused(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:

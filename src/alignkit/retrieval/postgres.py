@@ -148,7 +148,7 @@ class PostgresIndex:
         if self.embedder is not None:
             vectors = [vector if vector.any() else None for vector in self.embedder.embed_passages(new)]
         with self._connection.transaction(), self._connection.cursor() as cursor:
-            self._run("DELETE FROM {schema}.passages WHERE id = ANY(%s)", [list(digests)])
+            self._run("DELETE FROM {schema}.passages WHERE id = ANY(%s)", [[passage.id for passage in new]])
             columns = "id, digest, text, title, document, page, tokens" + (", vector" if self.embedder else "")
             with cursor.copy(self._sql(f"COPY {{schema}}.passages ({columns}) FROM STDIN")) as copy:
                 for passage, count, vector in zip(new, counts, vectors, strict=True):
