@@ -83,6 +83,17 @@ def open_embedder(config: RetrievalConfig) -> RetrievalEmbedder:
     return RetrievalEmbedder(config.embedder, *(model.with_prompt(prompt) for prompt in prompts))
 
 
+def require_embedder(place: str, key: str, name: str, embedder: RetrievalEmbedder) -> None:
+    """Raise `UserError` unless the vectors at `place` were made by this embedder."""
+    if not key:
+        raise UserError(f"{place} was built without vectors: choose retrieval.mode=bm25, or index again")
+    if key != embedder.key:
+        raise UserError(
+            f"{place} was built by the embedder {name} ({key[:8]}), and this is {embedder.name} ({embedder.key[:8]}): "
+            "their vectors cannot be compared. Set retrieval.embedder and its prompts as they were, or index again."
+        )
+
+
 def _unit(vectors: Vectors) -> Vectors:
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.asarray(vectors / np.where(lengths > 0, lengths, 1), dtype=np.float32)
