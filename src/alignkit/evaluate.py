@@ -60,6 +60,7 @@ from alignkit.core.config import (
     TeacherConfig,
 )
 from alignkit.core.errors import UserError
+from alignkit.core.names import read_comparisons
 from alignkit.evaluation.contexts import NONE, ContextKind, PassagesConfig
 from alignkit.evaluation.metrics.catalogue import DEFAULT, MeasuringConfig
 from alignkit.evaluation.systems import ServersConfig
@@ -157,7 +158,7 @@ def run(config: EvaluateConfig) -> Artifact:
     check_metrics(config.metrics, config.measuring)
     check_harnesses(config.export)
     systems = identify({name: source for name, source in config.models.items() if source is not None})
-    comparisons = read_comparisons([system.name for system in systems], config.comparisons)
+    comparisons = read_comparisons("models", [system.name for system in systems], config.comparisons)
     check_config(config, systems)
     if config.pairwise and not comparisons:
         raise UserError("pairwise=true: there is nothing to compare with one system; name another in models")
@@ -218,20 +219,6 @@ def check_config(config: EvaluateConfig, systems: Sequence[System]) -> None:
             f"contexts=multihop: the server {served[0]} cannot be asked with tools yet; leave it out, or let it answer "
             "elsewhere and name the file of its answers"
         )
-
-
-def read_comparisons(names: Sequence[str], comparisons: Sequence[str]) -> list[tuple[str, str]]:
-    """(new, old) for each comparison; raises `UserError` for systems that cannot be compared."""
-    if not comparisons:
-        return list(zip(names[1:], names[:-1], strict=True))
-    pairs = []
-    for comparison in comparisons:
-        new, arrow, old = (part.strip() for part in comparison.partition(">"))
-        unknown = [name for name in (new, old) if name not in names]
-        if not arrow or unknown or new == old:
-            raise UserError(f"comparisons: {comparison!r} must be 'new>old' with two of the models {', '.join(names)}")
-        pairs.append((new, old))
-    return pairs
 
 
 def read_held_out(config: EvaluateConfig, artifact: Artifact) -> list[QAExample]:
