@@ -144,8 +144,7 @@ def cut_documents(config: IndexConfig, artifact: Artifact) -> list[Passage]:
     from alignkit.retrieval.base import Passage
 
     pages, dropped = read_documents(config.documents)
-    for each in dropped:
-        artifact.drop(each.row, each.reason, each.detail)
+    artifact.drop_all(dropped)
     tokenizer = load_tokenizer(config.chunk.tokenizer) if config.chunk.tokenizer else None
     chunks = chunk_pages(pages, config.chunk.size, config.chunk.overlap, tokenizer)
     passages = [
