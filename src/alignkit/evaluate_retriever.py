@@ -119,8 +119,7 @@ def read_queries(config: EvaluateRetrieverConfig, artifact: Artifact) -> tuple[l
     from alignkit.retrieval.corpus import open_corpus
 
     examples, unusable = read_retrieval(config.data, config.task)
-    for each in unusable:
-        artifact.drop(each.row, each.reason, each.detail)
+    artifact.drop_all(unusable)
     corpus = open_corpus(config.corpus, examples)
     usable = []
     for example in examples:
@@ -139,11 +138,11 @@ def search_all(
     config: EvaluateRetrieverConfig, retrievers: Mapping[str, str], corpus: Corpus, examples: Sequence[RetrievalExample]
 ) -> dict[str, list[list[Found]]]:
     """What every retriever finds for every query, as far as the last cut-off."""
-    from alignkit.retrieval.searching import Query, search
+    from alignkit.retrieval.corpus_search import Query, search_corpus
 
     queries = [Query(example.task, example.query) for example in examples]
     k = max(*config.cutoffs, config.contexts)
-    return {name: search(kind, corpus, queries, k, config.cache) for name, kind in retrievers.items()}
+    return {name: search_corpus(kind, corpus, queries, k, config.cache) for name, kind in retrievers.items()}
 
 
 def rank(examples: Sequence[RetrievalExample], corpus: Corpus, found: Sequence[Sequence[Found]]) -> list[RankedQuery]:
