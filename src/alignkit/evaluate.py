@@ -226,8 +226,7 @@ def read_held_out(config: EvaluateConfig, artifact: Artifact) -> list[QAExample]
     from alignkit.data.sources import read_questions
 
     examples, unusable = read_questions(config.data)
-    for dropped in unusable:
-        artifact.drop(dropped.row, dropped.reason, dropped.detail)
+    artifact.drop_all(unusable)
     for example in examples:
         if not example.output.strip():
             artifact.drop(example, "no reference answer")
@@ -263,7 +262,7 @@ def pose_questions(
 ) -> tuple[list[Question], Setup]:
     """What every system is asked, and with what; prompts that the base cannot take are dropped, for all of them."""
     from alignkit.core.journal import Journal
-    from alignkit.evaluation.answering import Setup, fitting
+    from alignkit.evaluation.answering import Setup, drop_unfit
     from alignkit.evaluation.contexts import Library, pose
 
     library = Library(config.passages, config.retrieval, artifact.work_folder / "index")
@@ -271,7 +270,7 @@ def pose_questions(
         questions, retriever, description = pose(config.contexts, library, examples, config.seed, journal)
     k = config.passages.found_at_once(config.contexts)
     setup = Setup(config.model, config.sampling, config.servers, config.seed, retriever, k, config.passages.hops)
-    questions = fitting(questions, systems, setup, artifact)
+    questions = drop_unfit(questions, systems, setup, artifact)
     artifact.metrics["contexts"] = description
     return questions, setup
 
