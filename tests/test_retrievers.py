@@ -18,8 +18,8 @@ pytest.importorskip("bm25s")
 
 from elasticsearch_server import elasticsearch_contract
 
-from alignkit.core.config import RetrievalConfig, SearchEngine, SearchMode
 from alignkit.core.errors import UserError
+from alignkit.core.retrieval_config import RetrievalConfig, SearchEngine, SearchMode
 from alignkit.retrieval.base import Found, Passage
 from alignkit.retrieval.bm25 import BM25Index
 from alignkit.retrieval.open import FilteringRetriever, open_retriever

@@ -50,17 +50,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
-from alignkit.core.config import (
-    ModelConfig,
-    RetrievalConfig,
-    RowsConfig,
-    SamplingConfig,
-    SearchEngine,
-    StageConfig,
-    TeacherConfig,
-)
+from alignkit.core.config import ModelConfig, RowsConfig, SamplingConfig, StageConfig, TeacherConfig
 from alignkit.core.errors import UserError
 from alignkit.core.names import read_comparisons
+from alignkit.core.retrieval_config import RetrievalConfig, SearchEngine
 from alignkit.evaluation.contexts import NONE, ContextKind, PassagesConfig
 from alignkit.evaluation.metrics.catalogue import DEFAULT, MeasuringConfig
 from alignkit.evaluation.systems import ServersConfig

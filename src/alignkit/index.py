@@ -33,9 +33,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
-from alignkit.core.config import RetrievalConfig, RowsConfig, SearchEngine, StageConfig
+from alignkit.core.config import RowsConfig, StageConfig
 from alignkit.core.errors import UserError
 from alignkit.core.progress import progress
+from alignkit.core.retrieval_config import RetrievalConfig, SearchEngine
 
 if TYPE_CHECKING:
     from alignkit.retrieval.base import Passage, Retriever

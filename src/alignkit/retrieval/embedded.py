@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from alignkit.core.config import SearchMode
 from alignkit.core.errors import UserError
+from alignkit.core.retrieval_config import SearchMode
 from alignkit.retrieval.base import Found, Passage
 from alignkit.retrieval.bm25 import BM25Index
 from alignkit.retrieval.dense import nearest

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from alignkit.core.config import RetrievalConfig
 from alignkit.core.errors import UserError
+from alignkit.core.retrieval_config import RetrievalConfig
 from alignkit.retrieval.base import Passage
 from alignkit.scoring.embedding import CharacterEmbedder, Embedder, SentenceTransformerEmbedder, Vectors, unit_rows
 from alignkit.scoring.row_embedding import CHARACTERS

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
-from alignkit.core.config import SearchMode
+from alignkit.core.retrieval_config import SearchMode
 from alignkit.retrieval.base import Found, Passage
 
 RRF_K = 60

@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from alignkit.core.config import SearchMode
 from alignkit.core.errors import UserError, first_line
+from alignkit.core.retrieval_config import SearchMode
 from alignkit.retrieval.base import Passage
 from alignkit.retrieval.bm25 import K1, B, tokens
 from alignkit.retrieval.embedder import RetrievalEmbedder, searched_text

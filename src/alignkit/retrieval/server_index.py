@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from alignkit.core.config import SearchMode
 from alignkit.core.errors import UserError
+from alignkit.core.retrieval_config import SearchMode
 from alignkit.retrieval.base import Found, Passage
 from alignkit.retrieval.embedder import RetrievalEmbedder, require_embedder
 from alignkit.retrieval.fusion import Ranking, search_rankings
