@@ -113,11 +113,11 @@ def timed(engines: dict[str, Callable[[], list[float]]]) -> tuple[dict[str, floa
 def mined(rows: Sequence[Any], negatives: int) -> list[Any]:
     """The rows with negatives that BM25 finds among the passages of all of them."""
     from alignkit.retrieval.corpus import Corpus, gather
+    from alignkit.retrieval.corpus_search import Query, search_corpus
     from alignkit.retrieval.mining import Limits, mine, with_negatives
-    from alignkit.retrieval.searching import Query, search
 
     corpus = Corpus(gather(rows))
-    found = search("bm25", corpus, [Query("qa", row.query) for row in rows], 110)
+    found = search_corpus("bm25", corpus, [Query("qa", row.query) for row in rows], 110)
     limits = Limits(negatives=negatives, without_answers=False)
     return [
         with_negatives(row, corpus, mine(row, corpus, [hits], limits, 1)[0])

@@ -25,7 +25,7 @@ import bm25s
 import numpy as np
 from rank_bm25 import BM25Okapi
 
-from alignkit.core.config import SearchMode
+from alignkit.core.retrieval_config import SearchMode
 from alignkit.retrieval.base import Passage
 from alignkit.retrieval.bm25 import BM25Index, tokens
 from alignkit.retrieval.dense import nearest

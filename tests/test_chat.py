@@ -12,15 +12,14 @@ from alignkit.core.records import Message, QAExample
 from alignkit.data.chat import (
     IGNORED,
     EncodedExample,
-    audit_labels,
     encode_conversation,
     encode_example,
     encode_prompt,
     end_of_turn_id,
-    preview,
     qa_prompt,
     special_token_in,
 )
+from alignkit.data.labels import audit_labels, preview
 from alignkit.models.tiny.tokenizer import build_tokenizer
 
 if TYPE_CHECKING:

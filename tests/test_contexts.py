@@ -13,10 +13,11 @@ import pytest
 from tiny_random import save_random_base
 
 from alignkit.core.app import load_config
-from alignkit.core.config import RetrievalConfig, RowsConfig
+from alignkit.core.config import RowsConfig
 from alignkit.core.errors import UserError
 from alignkit.core.journal import Journal
 from alignkit.core.records import QAExample
+from alignkit.core.retrieval_config import RetrievalConfig
 from alignkit.data.sources import read_questions
 from alignkit.evaluate import run
 from alignkit.evaluation.contexts import (

@@ -12,13 +12,11 @@ from alignkit.core.errors import UserError
 from alignkit.data.chat import (
     IGNORED,
     EncodedExample,
-    audit_labels,
-    count_learned,
     document_end_id,
     encode_document,
     end_of_turn_id,
-    preview,
 )
+from alignkit.data.labels import audit_labels, count_learned, preview
 from alignkit.models.tiny.tokenizer import build_tokenizer
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ pytest.importorskip("elasticsearch")
 
 from elasticsearch_server import Contract, elasticsearch_contract
 
-from alignkit.core.config import SearchMode
 from alignkit.core.errors import UserError
+from alignkit.core.retrieval_config import SearchMode
 from alignkit.retrieval.base import Passage
 from alignkit.retrieval.elasticsearch import ElasticsearchIndex
 

@@ -13,8 +13,8 @@ import pytest
 
 pytest.importorskip("bm25s")
 
-from alignkit.core.config import RetrievalConfig, SearchEngine, SearchMode
 from alignkit.core.errors import UserError
+from alignkit.core.retrieval_config import RetrievalConfig, SearchEngine, SearchMode
 from alignkit.retrieval import ingest
 from alignkit.retrieval.base import Passage
 from alignkit.retrieval.dense import nearest

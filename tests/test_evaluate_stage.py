@@ -15,7 +15,7 @@ from alignkit.core.artifact import Artifact
 from alignkit.core.config import LoraConfig, ModelConfig
 from alignkit.core.errors import UserError
 from alignkit.data.closed_world import World, answer
-from alignkit.evaluate import read_comparisons, run
+from alignkit.evaluate import run
 from alignkit.evaluation.predictions import Prediction
 from alignkit.generation.hf import HFGenerator
 
@@ -201,9 +201,3 @@ def test_nothing_to_compare_with(home: Path, tmp_path: Path) -> None:
     (tmp_path / "unanswered.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match="no row has an output"):
         evaluate(home, tmp_path, f"data.path={tmp_path / 'unanswered.jsonl'}")
-
-
-def test_comparisons_default_to_neighbours() -> None:
-    names = ["base", "sft", "dpo"]
-    assert read_comparisons(names, []) == [("sft", "base"), ("dpo", "sft")]
-    assert read_comparisons(names, [" dpo > base "]) == [("dpo", "base")]

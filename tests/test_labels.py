@@ -18,12 +18,11 @@ from alignkit.core.records import ChatExample, Message
 from alignkit.data.chat import (
     IGNORED,
     EncodedExample,
-    audit_labels,
     encode_example,
     encode_prompt,
     end_of_turn_id,
-    preview,
 )
+from alignkit.data.labels import audit_labels, preview
 from alignkit.data.sources import read_examples
 from alignkit.models.tiny.tokenizer import build_tokenizer
 

@@ -17,8 +17,8 @@ from alignkit.core.records import RetrievalExample
 from alignkit.retrieval.answers import answer_in
 from alignkit.retrieval.base import Found, Passage
 from alignkit.retrieval.corpus import Corpus, gather, open_corpus, passage_text
+from alignkit.retrieval.corpus_search import Query, search_corpus
 from alignkit.retrieval.mining import Limits, mine, with_negatives
-from alignkit.retrieval.searching import Query, search
 
 TEXTS = {
     "p": "Padera has a mayor, Bunis.",
@@ -133,7 +133,7 @@ def test_passages_are_gathered_once_and_an_index_means_one_text() -> None:
 def test_equal_scores_stand_by_id_whatever_the_retriever() -> None:
     corpus = Corpus(Passage(id=id, title="On", text="one thing") for id in "cab")
     for name in ("bm25", "characters"):
-        hits = search(name, corpus, [Query("qa", "one thing")], 2)[0]
+        hits = search_corpus(name, corpus, [Query("qa", "one thing")], 2)[0]
         assert [hit.passage.id for hit in hits] == ["a", "b"], name
 
 
@@ -152,7 +152,7 @@ def test_the_same_negatives_as_sentence_transformers_for_one_encoder(tmp_path: P
     corpus = Corpus(Passage(id=f"{number:03d}", text=text) for number, text in enumerate(dict.fromkeys(texts)))
     positives = [corpus.passages[7 * place].text for place in range(len(queries))]
     k, margin = len(corpus) - 1, 0.001
-    hits = search(str(folder), corpus, [Query("qa", query) for query in queries], k + 1)
+    hits = search_corpus(str(folder), corpus, [Query("qa", query) for query in queries], k + 1)
     ours = []
     for query, positive, found in zip(queries, positives, hits, strict=True):
         row = example(id=query, query=query, pos=[positive], pos_index=[], answers=[])

@@ -18,8 +18,8 @@ pytest.importorskip("bm25s")
 
 from elasticsearch_server import elasticsearch_contract
 
-from alignkit.core.config import RetrievalConfig, SearchEngine, SearchMode
 from alignkit.core.errors import UserError
+from alignkit.core.retrieval_config import RetrievalConfig, SearchEngine, SearchMode
 from alignkit.retrieval.base import Found, Passage
 from alignkit.retrieval.bm25 import BM25Index
 from alignkit.retrieval.open import FilteringRetriever, open_retriever
@@ -218,6 +218,8 @@ def test_what_is_held_already_is_not_embedded_again(opened: Open, monkeypatch: p
     changed = Passage(id="a", text="changed")
     opened("hybrid").index([changed, *PASSAGES[1:4]])
     assert embedded[3:] == ["changed", ""]
+    assert len(opened("bm25")) == 4
+    assert [ids(hits) for hits in opened("hybrid").search(["river Sool", "changed"], 1)] == [["b"], ["a"]]
 
 
 def test_another_embedder_is_refused(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from alignkit.core.plan import StepConfig
 from alignkit.core.steps import Step
 from alignkit.evaluation.leakage import find_leakage
 from alignkit.evaluation.predictions import Prediction, compare, score_answer, summarise
-from alignkit.evaluation.rounds import compare_policies, decide, in_words, read_answers
+from alignkit.evaluation.rounds import compare_policies, decide, in_words, join_predictions
 from alignkit.pipeline import plan
 from alignkit.reporting.model_card import _stages
 
@@ -212,7 +212,7 @@ def decided(folder: Path, *right: int) -> tuple[list[Any], Any]:
     """What is decided of policies that answer so many of 40 questions right."""
     files = [write_predictions(folder / f"{n}.jsonl", answers(f"round{n}", each)) for n, each in enumerate(right)]
     names = [f"round{n}" for n in range(len(right))]
-    results = compare_policies(read_answers(files), names, Score.exact_match, seed=1)
+    results = compare_policies(join_predictions(files), names, Score.exact_match, seed=1)
     return results, decide(results, Score.exact_match)
 
 
@@ -260,7 +260,7 @@ def test_gains_are_paired_by_question_and_resampled_by_statement(tmp_path: Path)
         return [row.model_copy(update={"instruction": f"statement {n // 8}"}) for n, row in enumerate(rows)]
 
     files = [write_predictions(tmp_path / f"{n}.jsonl", grouped(answers(f"m{n}", 8 + 16 * n))) for n in range(2)]
-    rows = read_answers([files[0], write_predictions(tmp_path / "turned.jsonl", grouped(answers("m1", 24))[::-1])])
+    rows = join_predictions([files[0], write_predictions(tmp_path / "turned.jsonl", grouped(answers("m1", 24))[::-1])])
     _, after = compare_policies(rows, ["m0", "m1"], Score.exact_match, seed=3)
     assert after.gain == compare(rows, "m1", "m0", seed=3)["exact_match"]
     assert after.gain is not None
@@ -269,7 +269,7 @@ def test_gains_are_paired_by_question_and_resampled_by_statement(tmp_path: Path)
 
 def test_grades_decide_where_the_evaluations_have_them(tmp_path: Path) -> None:
     graded = [write_predictions(tmp_path / f"{n}.jsonl", answers(f"m{n}", 0, judge=4.0 + n)) for n in range(2)]
-    _, after = compare_policies(read_answers(graded), ["m0", "m1"], Score.judge, seed=1)
+    _, after = compare_policies(join_predictions(graded), ["m0", "m1"], Score.judge, seed=1)
     assert after.gain is not None
     assert (after.gain["mean"], after.gain["low"], after.gain["high"], after.gain["n"]) == (1, 1, 1, 40)
     assert (after.score["mean"], after.helped) == (5, True)
@@ -281,9 +281,9 @@ def test_grades_decide_where_the_evaluations_have_them(tmp_path: Path) -> None:
 def test_evaluations_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
     files = [write_predictions(tmp_path / f"{n}.jsonl", answers("m", 3, of=4 + n)) for n in range(2)]
     with pytest.raises(UserError, match=r"1\.jsonl: not the questions of .*0\.jsonl"):
-        read_answers(files)
+        join_predictions(files)
     with pytest.raises(UserError, match="no evaluation has answers of 'other'"):
-        compare_policies(read_answers(files[:1]), ["m", "other"], Score.exact_match, seed=1)
+        compare_policies(join_predictions(files[:1]), ["m", "other"], Score.exact_match, seed=1)
     with pytest.raises(UserError, match="keep_best needs policies"):
         run_stage("keep_best", load_config("keep_best", ["run=r"]))
 

@@ -84,11 +84,11 @@ def run(config: ChatConfig) -> Artifact:
 
         from alignkit.generation.continuous import Engine
         from alignkit.models.headroom import require_memory
-        from alignkit.models.jobs import Job
+        from alignkit.models.jobs import SAMPLING, Job
 
         loaded = len(models) + bool(reward_folder)
         most = config.model.max_length
-        job = Job("rejection_sampling", config.model, most, sampling=sampling(config), adapters_loaded=loaded)
+        job = Job(SAMPLING, config.model, most, sampling=sampling(config), adapters_loaded=loaded)
         require_memory(job, config.hardware, artifact)
         base = SharedBase(config.model, models)
         reward_model = base.add_reward_model(reward_folder) if reward_folder else None

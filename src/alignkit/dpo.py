@@ -202,8 +202,7 @@ def _encode(
     from alignkit.training.held_out import prompt_key, split_by_prompt
 
     pairs, unusable = read_preferences(config.data)
-    for dropped in unusable:
-        artifact.drop(dropped.row, dropped.reason, dropped.detail)
+    artifact.drop_all(unusable)
     sides: list[list[_HeldOut]] = []
     for side in split_by_prompt(pairs, config.held_out_share, config.seed):
         encoded = [(pair, _encode_pair(tokenizer, pair, config.model.max_length)) for pair in side]

@@ -50,16 +50,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
-from alignkit.core.config import (
-    ModelConfig,
-    RetrievalConfig,
-    RowsConfig,
-    SamplingConfig,
-    SearchEngine,
-    StageConfig,
-    TeacherConfig,
-)
+from alignkit.core.config import ModelConfig, RowsConfig, SamplingConfig, StageConfig, TeacherConfig
 from alignkit.core.errors import UserError
+from alignkit.core.names import read_comparisons
+from alignkit.core.retrieval_config import RetrievalConfig, SearchEngine
 from alignkit.evaluation.contexts import NONE, ContextKind, PassagesConfig
 from alignkit.evaluation.metrics.catalogue import DEFAULT, MeasuringConfig
 from alignkit.evaluation.systems import ServersConfig
@@ -157,7 +151,7 @@ def run(config: EvaluateConfig) -> Artifact:
     check_metrics(config.metrics, config.measuring)
     check_harnesses(config.export)
     systems = identify({name: source for name, source in config.models.items() if source is not None})
-    comparisons = read_comparisons([system.name for system in systems], config.comparisons)
+    comparisons = read_comparisons("models", [system.name for system in systems], config.comparisons)
     check_config(config, systems)
     if config.pairwise and not comparisons:
         raise UserError("pairwise=true: there is nothing to compare with one system; name another in models")
@@ -220,27 +214,12 @@ def check_config(config: EvaluateConfig, systems: Sequence[System]) -> None:
         )
 
 
-def read_comparisons(names: Sequence[str], comparisons: Sequence[str]) -> list[tuple[str, str]]:
-    """(new, old) for each comparison; raises `UserError` for systems that cannot be compared."""
-    if not comparisons:
-        return list(zip(names[1:], names[:-1], strict=True))
-    pairs = []
-    for comparison in comparisons:
-        new, arrow, old = (part.strip() for part in comparison.partition(">"))
-        unknown = [name for name in (new, old) if name not in names]
-        if not arrow or unknown or new == old:
-            raise UserError(f"comparisons: {comparison!r} must be 'new>old' with two of the models {', '.join(names)}")
-        pairs.append((new, old))
-    return pairs
-
-
 def read_held_out(config: EvaluateConfig, artifact: Artifact) -> list[QAExample]:
     """The questions that have a reference answer; others are dropped."""
     from alignkit.data.sources import read_questions
 
     examples, unusable = read_questions(config.data)
-    for dropped in unusable:
-        artifact.drop(dropped.row, dropped.reason, dropped.detail)
+    artifact.drop_all(unusable)
     for example in examples:
         if not example.output.strip():
             artifact.drop(example, "no reference answer")
@@ -276,7 +255,7 @@ def pose_questions(
 ) -> tuple[list[Question], Setup]:
     """What every system is asked, and with what; prompts that the base cannot take are dropped, for all of them."""
     from alignkit.core.journal import Journal
-    from alignkit.evaluation.answering import Setup, fitting
+    from alignkit.evaluation.answering import Setup, drop_unfit
     from alignkit.evaluation.contexts import Library, pose
 
     library = Library(config.passages, config.retrieval, artifact.work_folder / "index")
@@ -284,7 +263,7 @@ def pose_questions(
         questions, retriever, description = pose(config.contexts, library, examples, config.seed, journal)
     k = config.passages.found_at_once(config.contexts)
     setup = Setup(config.model, config.sampling, config.servers, config.seed, retriever, k, config.passages.hops)
-    questions = fitting(questions, systems, setup, artifact)
+    questions = drop_unfit(questions, systems, setup, artifact)
     artifact.metrics["contexts"] = description
     return questions, setup
 

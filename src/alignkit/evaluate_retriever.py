@@ -25,7 +25,6 @@ Examples:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
@@ -33,6 +32,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Optional
 from alignkit.core.artifact import Artifact
 from alignkit.core.config import RowsConfig, StageConfig
 from alignkit.core.errors import UserError
+from alignkit.core.names import check_names, read_comparisons
 
 if TYPE_CHECKING:
     from alignkit.core.records import RetrievalExample
@@ -76,7 +76,8 @@ class EvaluateRetrieverConfig(StageConfig):
 def run(config: EvaluateRetrieverConfig) -> Artifact:
     """Let every retriever look for every query, and estimate scores and differences."""
     retrievers = {name: kind for name, kind in config.retrievers.items() if kind is not None}
-    comparisons = read_comparisons(list(retrievers), config.comparisons)
+    check_retrievers(list(retrievers))
+    comparisons = read_comparisons("retrievers", list(retrievers), config.comparisons)
     with Artifact.open("evaluate_retriever", config) as artifact:
         if artifact.up_to_date:
             return artifact
@@ -105,22 +106,11 @@ def run(config: EvaluateRetrieverConfig) -> Artifact:
     return artifact
 
 
-def read_comparisons(names: Sequence[str], comparisons: Sequence[str]) -> list[tuple[str, str]]:
-    """(new, old) for each comparison; raises `UserError` for retrievers that cannot be compared."""
+def check_retrievers(names: Sequence[str]) -> None:
+    """Raise `UserError` when there is no retriever, or one whose name no file could hold."""
     if not names:
         raise UserError("retrievers: name at least one, e.g. 'retrievers={before: my_encoder}'")
-    for name in names:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise UserError(f"retrievers: {name!r} is no name; use letters, digits, dot, dash and underscore")
-    pairs = []
-    for comparison in comparisons:
-        new, arrow, old = (part.strip() for part in comparison.partition(">"))
-        if not arrow or new == old or {new, old} - set(names):
-            raise UserError(
-                f"comparisons: {comparison!r} must be 'new>old' with two of the retrievers {', '.join(names)}"
-            )
-        pairs.append((new, old))
-    return pairs or list(zip(names[1:], names[:-1], strict=True))
+    check_names("retrievers", names)
 
 
 def read_queries(config: EvaluateRetrieverConfig, artifact: Artifact) -> tuple[list[RetrievalExample], Corpus]:
@@ -129,8 +119,7 @@ def read_queries(config: EvaluateRetrieverConfig, artifact: Artifact) -> tuple[l
     from alignkit.retrieval.corpus import open_corpus
 
     examples, unusable = read_retrieval(config.data, config.task)
-    for each in unusable:
-        artifact.drop(each.row, each.reason, each.detail)
+    artifact.drop_all(unusable)
     corpus = open_corpus(config.corpus, examples)
     usable = []
     for example in examples:
@@ -149,11 +138,11 @@ def search_all(
     config: EvaluateRetrieverConfig, retrievers: Mapping[str, str], corpus: Corpus, examples: Sequence[RetrievalExample]
 ) -> dict[str, list[list[Found]]]:
     """What every retriever finds for every query, as far as the last cut-off."""
-    from alignkit.retrieval.searching import Query, search
+    from alignkit.retrieval.corpus_search import Query, search_corpus
 
     queries = [Query(example.task, example.query) for example in examples]
     k = max(*config.cutoffs, config.contexts)
-    return {name: search(kind, corpus, queries, k, config.cache) for name, kind in retrievers.items()}
+    return {name: search_corpus(kind, corpus, queries, k, config.cache) for name, kind in retrievers.items()}
 
 
 def rank(examples: Sequence[RetrievalExample], corpus: Corpus, found: Sequence[Sequence[Found]]) -> list[RankedQuery]:

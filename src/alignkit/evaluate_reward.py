@@ -107,8 +107,7 @@ def read_groups(config: EvaluateRewardConfig, artifact: Artifact) -> list[Answer
             left_out=left_out,
         )
         groups += found
-        for each in unusable + without_pair:
-            artifact.drop(each.row, each.reason, each.detail)
+        artifact.drop_all(unusable + without_pair)
     artifact.metrics |= left_out.describe()
     if not groups:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in artifact.dropped.most_common())

@@ -182,8 +182,7 @@ def read_examples(config: ExportConfig, tokenizer: Any, artifact: Artifact) -> l
 
     given = config.data.path != "none"
     examples, unusable = sources.read_examples(config.data) if given else (conversations(), [])
-    for dropped in unusable:
-        artifact.drop(dropped.row, dropped.reason, dropped.detail)
+    artifact.drop_all(unusable)
     usable: list[ChatExample] = []
     for example in examples:
         if isinstance(example, TextExample):

@@ -33,9 +33,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from alignkit.core.artifact import Artifact
-from alignkit.core.config import RetrievalConfig, RowsConfig, SearchEngine, StageConfig
+from alignkit.core.config import RowsConfig, StageConfig
 from alignkit.core.errors import UserError
 from alignkit.core.progress import progress
+from alignkit.core.retrieval_config import RetrievalConfig, SearchEngine
 
 if TYPE_CHECKING:
     from alignkit.retrieval.base import Passage, Retriever
@@ -144,8 +145,7 @@ def cut_documents(config: IndexConfig, artifact: Artifact) -> list[Passage]:
     from alignkit.retrieval.base import Passage
 
     pages, dropped = read_documents(config.documents)
-    for each in dropped:
-        artifact.drop(each.row, each.reason, each.detail)
+    artifact.drop_all(dropped)
     tokenizer = load_tokenizer(config.chunk.tokenizer) if config.chunk.tokenizer else None
     chunks = chunk_pages(pages, config.chunk.size, config.chunk.overlap, tokenizer)
     passages = [

@@ -92,8 +92,7 @@ def run(config: JudgeConfig) -> Artifact:
         if artifact.up_to_date:
             return artifact
         rows, unusable = read_completions(config.data)
-        for dropped in unusable:
-            artifact.drop(dropped.row, dropped.reason, dropped.detail)
+        artifact.drop_all(unusable)
         judges = [config.teacher.model, *config.more_judges]
         if config.teacher.mode is not TeacherMode.scripted:  # rules have no writing of their own to prefer
             warn_of_self_preference(rows, judges, config, artifact)

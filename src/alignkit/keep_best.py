@@ -46,14 +46,14 @@ class KeepBestConfig(StageConfig):
 
 def run(config: KeepBestConfig) -> Artifact:
     """Compare each policy with the one before, and copy the last one before the first that did not help."""
-    from alignkit.evaluation.rounds import compare_policies, decide, read_answers
+    from alignkit.evaluation.rounds import compare_policies, decide, join_predictions
 
     if not config.policies or not config.evaluations:
         raise UserError("keep_best needs policies={name: adapter} and evaluations=[.../predictions.jsonl]")
     with Artifact.open("keep_best", config) as artifact:
         if artifact.up_to_date:
             return artifact
-        rows = read_answers([Path(file) for file in config.evaluations])
+        rows = join_predictions([Path(file) for file in config.evaluations])
         results = compare_policies(rows, list(config.policies), config.score, config.seed)
         decision = decide(results, config.score)
         with artifact.output("adapter") as path:

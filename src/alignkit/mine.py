@@ -124,8 +124,7 @@ def read(config: MineConfig, artifact: Artifact) -> list[RetrievalExample]:
     from alignkit.data.sources import read_retrieval
 
     examples, unusable = read_retrieval(config.data, config.task)
-    for each in unusable:
-        artifact.drop(each.row, each.reason, each.detail)
+    artifact.drop_all(unusable)
     return examples
 
 
@@ -147,11 +146,11 @@ def with_positives(example: RetrievalExample, corpus: Corpus, artifact: Artifact
 
 def search_all(config: MineConfig, corpus: Corpus, examples: list[RetrievalExample]) -> list[tuple[list[Found], ...]]:
     """For each query what every retriever finds, as far as `last_rank` beyond the query's positives."""
-    from alignkit.retrieval.searching import Query, search
+    from alignkit.retrieval.corpus_search import Query, search_corpus
 
     queries = [Query(example.task, example.query) for example in examples]
     most = max(len(corpus.positives(example) | corpus.with_texts(example.pos)) for example in examples)
-    found = [search(name, corpus, queries, config.last_rank + most, config.cache) for name in config.retrievers]
+    found = [search_corpus(name, corpus, queries, config.last_rank + most, config.cache) for name in config.retrievers]
     return list(zip(*found, strict=True))
 
 

@@ -134,13 +134,13 @@ def in_turn(config: PipelineConfig, planned: Sequence[list[Step]]) -> Iterator[l
 
 def helped(config: PlanConfig, number: int) -> bool:
     """Whether a round's gain is above zero, which it also says; False without an evaluation to tell it."""
-    from alignkit.evaluation.rounds import compare_policies, in_words, read_answers
+    from alignkit.evaluation.rounds import compare_policies, in_words, join_predictions
 
     files = [Path(predictions(config, each)) for each in (number - 1, number)]
     if not all(file.is_file() for file in files):
         return False
     names = [f"round{number - 1}", f"round{number}"]
-    _, last = compare_policies(read_answers(files), names, config.round.score, config.seed)
+    _, last = compare_policies(join_predictions(files), names, config.round.score, config.seed)
     print(f"{config.run}: {in_words(last, config.round.score)}", flush=True)
     return bool(last.helped)
 

@@ -138,8 +138,7 @@ def run(config: RejectionSamplingConfig) -> Artifact:
 
         tokenizer = load_tokenizer(config.model)
         rows, dropped = read_prompts(config.data, tokenizer, config.model, config.sampling)
-        for each in dropped:
-            artifact.drop(each.row, each.reason, each.detail)
+        artifact.drop_all(dropped)
         check_models(config, rows, tokenizer, artifact)
 
         written, policy = generate(config, rows, artifact)
@@ -276,8 +275,7 @@ def with_earlier(
     from alignkit.generation.earlier_rounds import join_earlier
 
     joined, dropped = join_earlier(rows, config.keep)
-    for each in dropped:
-        artifact.drop(each.row, each.reason, each.detail)
+    artifact.drop_all(dropped)
     return joined
 
 

@@ -206,8 +206,7 @@ def read(config: RetrieverConfig, artifact: Artifact) -> tuple[list[RetrievalExa
     where: dict[str, str] = {}
     for rows in (config.data, *(RowsConfig(path=path) for path in config.also)):
         found, dropped = read_retrieval(rows, config.task)
-        for each in dropped:
-            artifact.drop(each.row, each.reason, each.detail)
+        artifact.drop_all(dropped)
         for example in found:
             if example.id in where:
                 raise UserError(f"{rows.path}: id '{example.id}' is also in {where[example.id]}; change one of them")
@@ -233,8 +232,7 @@ def sift(
     from alignkit.training.retrieval_data import usable
 
     kept, dropped = usable(examples, tasks, config.negatives, config.seed)
-    for each in dropped:
-        artifact.drop(each.row, each.reason, each.detail)
+    artifact.drop_all(dropped)
     few = sum(len(each.neg) < config.negatives for each in kept)
     artifact.metrics["rows_with_repeated_negatives"] = few
     if few:

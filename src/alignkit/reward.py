@@ -203,8 +203,7 @@ def read_groups(config: RewardConfig, artifact: Artifact) -> list[AnswerGroup]:
             pointwise=config.regress_weight > 0,
         )
         dropped = [*unusable, *without_pair]
-        for each in dropped:
-            artifact.drop(each.row, each.reason, each.detail)
+        artifact.drop_all(dropped)
         if not found:
             raise UserError(f"{key}: {nothing_to_learn(dropped, config.min_margin)}")
         groups += found

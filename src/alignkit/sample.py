@@ -104,8 +104,7 @@ def sample_policy(config: SampleConfig, artifact: Artifact) -> list[CompletionSe
 
     tokenizer = load_tokenizer(config.model)
     rows, dropped = read_prompts(config.data, tokenizer, config.model, config.sampling)
-    for each in dropped:
-        artifact.drop(each.row, each.reason, each.detail)
+    artifact.drop_all(dropped)
 
     generator = open_engine(config.generator, config.model, config.adapter, config.teacher)
     started = time.monotonic()
@@ -125,8 +124,7 @@ def sample_teacher(config: SampleConfig, artifact: Artifact) -> list[CompletionS
     from alignkit.teacher.client import open_teacher
 
     questions, dropped = read_questions(config.data)
-    for each in dropped:
-        artifact.drop(each.row, each.reason, each.detail)
+    artifact.drop_all(dropped)
     rows = [prompt_row(question) for question in questions]
     generator = OpenAIGenerator(open_teacher(config.teacher), config.teacher.model)
     written = generator.generate([row.prompt for row in rows], config.sampling, config.seed)

@@ -24,9 +24,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from alignkit.core.artifact import Artifact
-from alignkit.core.config import RetrievalConfig, RowsConfig, StageConfig
+from alignkit.core.config import RowsConfig, StageConfig
 from alignkit.core.errors import UserError
 from alignkit.core.progress import progress
+from alignkit.core.retrieval_config import RetrievalConfig
 
 if TYPE_CHECKING:
     from alignkit.retrieval.base import Found

@@ -86,14 +86,12 @@ def run(config: ServeConfig) -> Artifact:
         from alignkit.generation.continuous import Engine
         from alignkit.generation.server import Api, Guard, Limits, Server, open_socket
         from alignkit.models.headroom import require_memory
-        from alignkit.models.jobs import Job
+        from alignkit.models.jobs import SAMPLING, Job
 
         with open_socket(config.host, config.port) as listener:
             sampling = SamplingConfig(n=1, batch_size=config.max_answers, max_new_tokens=config.max_tokens)
             loaded = len(models) + bool(reward_folder)
-            job = Job(
-                "rejection_sampling", config.model, config.model.max_length, sampling=sampling, adapters_loaded=loaded
-            )
+            job = Job(SAMPLING, config.model, config.model.max_length, sampling=sampling, adapters_loaded=loaded)
             require_memory(job, config.hardware, artifact)
             base = SharedBase(config.model, models)
             reward = (Path(reward_folder).name, base.add_reward_model(reward_folder)) if reward_folder else None

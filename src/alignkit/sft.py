@@ -126,7 +126,7 @@ def run(config: SFTConfig) -> Artifact:
     with artifact:
         if artifact.up_to_date:
             return artifact
-        from alignkit.data.chat import audit_labels, count_learned, preview
+        from alignkit.data.labels import audit_labels, count_learned, preview
         from alignkit.models.headroom import require_memory
         from alignkit.models.loading import load_tokenizer, save_adapter
         from alignkit.training.distributed import require_possible
@@ -295,7 +295,7 @@ def _starting_policy(config: SFTConfig, artifact: Artifact) -> tuple[PeftModel, 
 
 def _show(config: SFTConfig, artifact: Artifact) -> Artifact:
     """Print rows with their learned tokens marked; nothing is trained or written."""
-    from alignkit.data.chat import audit_labels, count_learned, preview
+    from alignkit.data.labels import audit_labels, count_learned, preview
     from alignkit.models.loading import load_tokenizer
 
     reasons: list[str] = []

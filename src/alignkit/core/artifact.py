@@ -210,6 +210,11 @@ class Artifact:
         with (self.folder / "dropped.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(_row(dropped), ensure_ascii=False) + "\n")
 
+    def drop_all(self, dropped: Iterable[Dropped]) -> None:
+        """Set aside rows whose reasons are known already."""
+        for each in dropped:
+            self.drop(each.row, each.reason, each.detail)
+
     def write_rows(self, name: str, rows: Iterable[BaseModel | Mapping[str, Any]]) -> Path:
         """Write rows as JSON Lines; the file appears whole or not at all."""
         with self.output(name) as path, path.open("w", encoding="utf-8") as file:

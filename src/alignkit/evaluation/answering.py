@@ -47,7 +47,7 @@ class Setup:
         return [RETRIEVE] if self.retriever is not None else None
 
 
-def fitting(
+def drop_unfit(
     questions: Sequence[Question], systems: Sequence[System], setup: Setup, artifact: Artifact
 ) -> list[Question]:
     """The questions that the base can take, if it or an adapter of it is asked; the others are dropped, for all.

@@ -19,10 +19,10 @@ from random import Random
 from statistics import mean
 from typing import TYPE_CHECKING, Any, Optional
 
-from alignkit.core.config import RetrievalConfig, SearchEngine
 from alignkit.core.errors import UserError
 from alignkit.core.journal import Journal
 from alignkit.core.records import Message, QAExample
+from alignkit.core.retrieval_config import RetrievalConfig, SearchEngine
 from alignkit.data.chat import qa_prompt
 from alignkit.evaluation.comparison import document_of
 from alignkit.retrieval.base import Passage, Retriever

@@ -28,7 +28,7 @@ from alignkit.retrieval.base import Retriever
 
 LOG = logging.getLogger("alignkit")
 
-SCORES = ("hops", "malformed_call", "search_cut")
+SEARCH_SCORES = ("hops", "malformed_call", "search_cut")
 """What is known of a search: its calls, whether it ended in one that cannot be read, or in one too many."""
 NOTHING = "Nothing was found."
 """The result of a search that finds nothing."""
@@ -53,7 +53,7 @@ class Search:
     def answer(self, completion: Completion, *, malformed_call: bool = False, search_cut: bool = False) -> Answer:
         """A turn as the answer, with the trace of the search."""
         outcome = (len(self.queries), malformed_call, search_cut)
-        scores = dict(zip(SCORES, map(float, outcome), strict=True))
+        scores = dict(zip(SEARCH_SCORES, map(float, outcome), strict=True))
         return Answer(completion.text, completion.finished, self.contexts, self.queries, scores)
 
 
@@ -149,7 +149,7 @@ def find(searches: Sequence[Search], retriever: Retriever, k: int, step: int, jo
 def describe_searches(answers: Iterable[Answer]) -> dict[str, float]:
     """Means over the answers of one system: searches, and the shares that searched, called wrongly, and were cut."""
     found = list(answers)
-    means = {name: mean(answer.scores.get(name, 0.0) for answer in found) for name in SCORES}
+    means = {name: mean(answer.scores.get(name, 0.0) for answer in found) for name in SEARCH_SCORES}
     return means | {"searched": mean(float(bool(answer.queries)) for answer in found)}
 
 

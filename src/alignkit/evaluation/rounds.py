@@ -40,7 +40,7 @@ class Decision:
     reason: str
 
 
-def read_answers(files: Sequence[Path]) -> list[Prediction]:
+def join_predictions(files: Sequence[Path]) -> list[Prediction]:
     """The predictions of several evaluations, joined by question. Raises `UserError` where their questions differ."""
     joined: dict[str, Prediction] = {}
     for place, file in enumerate(files):

@@ -12,7 +12,6 @@ A system has a name and a source, and what stands at the source says what it is:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -23,6 +22,7 @@ from urllib.parse import urlsplit
 from alignkit.core.config import ModelConfig, TeacherConfig, TeacherMode
 from alignkit.core.errors import UserError, first_line
 from alignkit.core.manifest import is_address, is_hub_name, read_manifest
+from alignkit.core.names import check_names
 
 if TYPE_CHECKING:
     from alignkit.generation.hf import HFGenerator
@@ -74,9 +74,7 @@ def identify(models: Mapping[str, str]) -> list[System]:
     """The systems that `models` (name -> source) names. Raises `UserError` for a source that is none."""
     if not models:
         raise UserError("models: name at least one, e.g. 'models={sft: runs/demo/sft/adapter}'")
-    for name in models:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise UserError(f"models: {name!r} is no name; use letters, digits, dot, dash and underscore")
+    check_names("models", models)
     return [_identify(name, source) for name, source in models.items()]
 
 

@@ -14,7 +14,7 @@ from alignkit.models.shapes import shape_of
 
 SFT, REWARD, DPO, SAMPLING = "sft", "reward", "dpo", "rejection_sampling"
 STAGES = (SFT, REWARD, DPO, SAMPLING)
-"""Stages whose memory is estimated."""
+"""Stages whose memory is estimated. `serve` and `chat` are estimated as SAMPLING: adapters of one base that answer."""
 
 
 @dataclass(frozen=True)

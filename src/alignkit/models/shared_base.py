@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from alignkit.core.config import ModelConfig
 from alignkit.core.errors import UserError
 from alignkit.core.manifest import MANIFEST, read_manifest
+from alignkit.core.names import check_names
 from alignkit.models.loading import ADAPTER_CONFIG, add_adapter, check_adapter, load_policy, load_tokenizer
 from alignkit.models.reward_model import CONFIG_FILE
 
@@ -31,9 +31,8 @@ class SharedBase:
     """
 
     def __init__(self, model: ModelConfig, models: Mapping[str, str]) -> None:
-        for name, adapter in models.items():
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-                raise UserError(f"models: {name!r} is no name; use letters, digits, dot, dash and underscore")
+        check_names("models", models)
+        for adapter in models.values():
             if adapter:
                 check_adapter(adapter, model)  # all of them before anything big is loaded
         adapters = [name for name, adapter in models.items() if adapter]

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 AnyCard = TypeVar("AnyCard", bound="RepoCard")
 
 NAME = "README.md"
-SCORES = ("exact_match", "token_f1", "judge", "balanced_verdict_accuracy")
+CARD_SCORES = ("exact_match", "token_f1", "judge", "balanced_verdict_accuracy")
+"""Scores of an evaluation that a model card tells, in this order."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def find_scores(adapter: Path) -> Iterator[Score]:
     """The scores of this very adapter (same hash) in the evaluations of its run."""
     for name, run, data, metrics in _evaluations(adapter):
         found = metrics["models"].get(name, {})
-        for score in (each for each in SCORES if each in found):
+        for score in (each for each in CARD_SCORES if each in found):
             values = found[score]
             mean, low, high = (float(values[part]) for part in ("mean", "low", "high"))
             yield Score(score, mean, low, high, int(values["n"]), data, run)

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from alignkit.core.errors import UserError
+from alignkit.reporting import measures
 from alignkit.reporting.figures import NARROW, WIDE, Interval, intervals
 from alignkit.reporting.plain import one_line
 from alignkit.reporting.svg import COLOURS, figure_style, new_figure, to_svg
@@ -76,18 +77,6 @@ _STEPS = {
     "quality": "Of good quality",
     "coverage": "Chosen for coverage",
     "necessity": "With the necessary ones",
-}
-
-_SHARES = ("exact_match", "token_f1", "balanced_verdict_accuracy", "finished")
-"""Scores of held-out answers that are shares of 1; all others are written as they are."""
-
-_SCORES = {
-    "exact_match": "Exact match",
-    "token_f1": "Word F1",
-    "judge": "Grade",
-    "balanced_verdict_accuracy": "Verdicts, balanced",
-    "words": "Words",
-    "finished": "Ended by itself",
 }
 
 _MAP_WIDTH, _MAP_HEIGHTS, _MARGIN = 560.0, (160.0, 430.0), 10.0
@@ -271,7 +260,7 @@ def radius_curve(name: str, coverage: Audit) -> str:
 
 def _drawn_score(found: Audit) -> str | None:
     """The first score of the strategies that is a share of 1; only such a one is drawn."""
-    return next((score for score in found["strategies"][0]["scores"] if score in _SHARES), None)
+    return next((score for score in found["strategies"][0]["scores"] if measures.is_share(score)), None)
 
 
 def _baseline(strategies: Sequence[Audit]) -> Audit:
@@ -290,7 +279,7 @@ def _strategies(name: str, score: str, strategies: Sequence[Audit]) -> str:
         lines.append(Interval(one_line(strategy["name"], 40), colour, parts, whole))
     reference = _baseline(strategies)["scores"][score]["mean"]
     labels = [f"seed no. {number}" for number in range(1, max(seeds, 1) + 1)]
-    return intervals(name, _title(score), lines, labels, reference=reference, signed=False)
+    return intervals(name, measures.title(score), lines, labels, reference=reference, signed=False)
 
 
 def _comparison(found: Audit) -> dict[str, Any]:
@@ -299,24 +288,26 @@ def _comparison(found: Audit) -> dict[str, Any]:
     strategies = [
         {
             "name": one_line(strategy["name"], 80),
-            "cells": [_interval(name, strategy["scores"][name]) for name in names],
-            "seeds": [[_number(name, scores[name]["mean"]) for scores in strategy["by_seed"]] for name in names],
+            "cells": [measures.interval(name, strategy["scores"][name]) for name in names],
+            "seeds": [
+                [measures.figure(name, scores[name]["mean"]) for scores in strategy["by_seed"]] for name in names
+            ],
         }
         for strategy in found["strategies"]
     ]
     differences = [
         {
             "name": one_line(each["name"], 80).replace(" - ", f" {MINUS} "),
-            "cells": [(_interval(name, each[name], sign="+"), _verdict(each[name])) for name in names],
+            "cells": [(measures.interval(name, each[name], sign=True), _verdict(each[name])) for name in names],
         }
         for each in found["differences"]
     ]
     return {
         "budget": found["budget"],
-        "columns": [_title(name) for name in names],
-        "drawn": _title(_drawn_score(found) or names[0]),
+        "columns": [measures.title(name) for name in names],
+        "drawn": measures.title(_drawn_score(found) or names[0]),
         "baseline": one_line(_baseline(found["strategies"])["name"], 80),
-        "first": _title(names[0])[0].lower() + _title(names[0])[1:],
+        "first": measures.title(names[0])[0].lower() + measures.title(names[0])[1:],
         "strategies": strategies,
         "differences": differences,
         "helped": [line["name"] for line in differences if line["cells"][0][1] == "helped"],
@@ -328,17 +319,3 @@ def _verdict(difference: Audit) -> str:
     if difference["helped"]:
         return "helped"
     return "did not help" if difference["low"] <= 0 <= difference["high"] else "hurt"
-
-
-def _interval(score: str, estimate: Audit, sign: str = "") -> str:
-    mean, low, high = (_number(score, estimate[key], sign) for key in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
-
-
-def _number(score: str, value: float, sign: str = "") -> str:
-    """A score as one reads it: shares in percent."""
-    return (f"{100 * value:{sign}.1f}" if score in _SHARES else f"{value:{sign}.2f}").replace("-", MINUS)
-
-
-def _title(score: str) -> str:
-    return _SCORES.get(score, score.replace("_", " "))

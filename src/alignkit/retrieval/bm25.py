@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 from alignkit.core.errors import UserError
 
+K1, B = 1.5, 0.75
+"""BM25's free parameters in every engine: how soon a repeated word says no more, how much a text's length counts."""
+
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 _TOKEN = re.compile(rf"[{_CJK}]+|[^\W_{_CJK}]+")
 _CJK_RUN = re.compile(rf"[{_CJK}]")
@@ -56,7 +59,7 @@ class BM25Index:
     happens; here the former are left out, and the latter stand in the order of the texts.
     """
 
-    def __init__(self, texts: Iterable[str], *, k1: float = 1.5, b: float = 0.75) -> None:
+    def __init__(self, texts: Iterable[str], *, k1: float = K1, b: float = B) -> None:
         vocabulary: dict[str, int] = {}
         # One number object a token of the vocabulary, shared by all texts: a million texts stay below a gigabyte.
         corpus = [[vocabulary.setdefault(token, len(vocabulary)) for token in tokens(text)] for text in texts]

@@ -12,16 +12,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from alignkit.core.config import SearchMode
 from alignkit.core.errors import UserError, first_line
-from alignkit.retrieval.base import Found, Passage
-from alignkit.retrieval.bm25 import tokens
-from alignkit.retrieval.embedded import require_embedder
+from alignkit.core.retrieval_config import SearchMode
+from alignkit.retrieval.base import Passage
+from alignkit.retrieval.bm25 import K1, B, tokens
 from alignkit.retrieval.embedder import RetrievalEmbedder, searched_text
-from alignkit.retrieval.fusion import Ranking, search_rankings
-from alignkit.retrieval.ingest import blocks, digest, some_at_a_time, without_repeats
+from alignkit.retrieval.fusion import Ranking
+from alignkit.retrieval.ingest import some_at_a_time
+from alignkit.retrieval.server_index import ServerIndex, Vector
 
-K1, B = 1.5, 0.75
 _QUERIES = 32
 """Queries of one request."""
 _BULK_BYTES = 10 * 2**20
@@ -33,13 +32,15 @@ _RANKED = {
 }
 
 
-class ElasticsearchIndex:
-    """A `Retriever` in an index of an Elasticsearch server (9 or newer). `embedder`: for every mode but bm25.
+class ElasticsearchIndex(ServerIndex):
+    """Passages in an index of an Elasticsearch server (9 or newer).
 
     A passage's id is the document's, so that what is sent twice is there once: after a kill or a lost server the same
     call goes on where it was. What the server is too busy for (429) is sent again, alone, with growing pauses.
     `approximate` lets its HNSW graph find neighbours; otherwise vectors are compared with all others.
     """
+
+    NOUN = "index"
 
     def __init__(
         self,
@@ -55,9 +56,7 @@ class ElasticsearchIndex:
         retry_seconds: float = 2.0,
         retries: int = 5,
     ) -> None:
-        self.url, self.name, self.mode, self.approximate = url, name, mode, approximate
-        self.embedder = embedder if mode is not SearchMode.bm25 else None
-        self.candidates, self.rrf_k = candidates, rrf_k
+        super().__init__(url, name, embedder, mode, candidates=candidates, rrf_k=rrf_k, approximate=approximate)
         self._retry_seconds, self._retries = retry_seconds, retries
         try:
             self._client = _elasticsearch().Elasticsearch(
@@ -72,61 +71,28 @@ class ElasticsearchIndex:
         """Close the connections."""
         self._client.close()
 
-    def __len__(self) -> int:
-        with self._explained():
-            self._require()
-            return int(self._client.count(index=self.name)["count"])
-
     # -- changing ---------------------------------------------------------------------------------------------------
 
-    def index(self, passages: Iterable[Passage]) -> None:
-        """Hold these passages and no others; those that are there already, unchanged, cost next to nothing."""
-        seen: set[str] = set()
-        self.add(without_repeats(passages, seen))
-        with self._explained():
-            held = [id for id in self._all_ids() if id not in seen]
-        self.delete(held)
-
-    def add(self, passages: Iterable[Passage]) -> None:
-        """Hold these as well, block by block. Raises `UserError` for passages that the server refuses."""
-        with self._explained():
-            self._create()
-            for block in blocks(passages):
-                self._add(block)
-            self._client.indices.refresh(index=self.name)
-        if self.embedder is not None:
-            self.embedder.warn_of_cut()
-
-    def delete(self, ids: Iterable[str]) -> None:
-        """Hold these no longer."""
-        with self._explained():
-            self._require()
-            for block in some_at_a_time(ids):
-                self._client.delete_by_query(
-                    index=self.name, query={"ids": {"values": block}}, refresh=True, conflicts="proceed"
-                )
-
-    def _add(self, block: Sequence[Passage]) -> None:
-        held = self._held([passage.id for passage in block], ["digest"])
-        digests = {passage.id: digest(passage) for passage in block}
-        new = [passage for passage in block if held.get(passage.id, {}).get("digest") != digests[passage.id]]
-        if not new:
-            return
-        vectors: Sequence[Any] = [None] * len(new)
-        if self.embedder is not None:
-            vectors = [vector.tolist() if vector.any() else None for vector in self.embedder.embed_passages(new)]
+    def _store(self, rows: Sequence[tuple[Passage, str, Vector | None]]) -> None:
         self._send(
             {
                 "_op_type": "index",
                 "_index": self.name,
                 "_id": passage.id,
                 **{key: value for key, value in passage.model_dump().items() if value is not None},
-                "digest": digests[passage.id],
+                "digest": digest,
                 "tokens": " ".join(tokens(searched_text(passage))),
-                **({"vector": vector} if vector is not None else {}),
+                **({"vector": vector.tolist()} if vector is not None else {}),
             }
-            for passage, vector in zip(new, vectors, strict=True)
+            for passage, digest, vector in rows
         )
+
+    def _remove(self, ids: Sequence[str]) -> None:
+        query = {"ids": {"values": ids}}
+        self._client.delete_by_query(index=self.name, query=query, refresh=True, conflicts="proceed")
+
+    def _finish(self) -> None:
+        self._client.indices.refresh(index=self.name)
 
     def _send(self, actions: Iterable[dict[str, Any]]) -> None:
         """Send documents in bulk. Those that the server is too busy for are sent again; those it refuses are named."""
@@ -152,14 +118,6 @@ class ElasticsearchIndex:
             )
 
     # -- searching --------------------------------------------------------------------------------------------------
-
-    def search(self, queries: Sequence[str], k: int, documents: Collection[str] | None = None) -> list[list[Found]]:
-        """For each query its at most `k` best passages; `documents` leaves only passages of these documents."""
-        with self._explained():
-            self._require()
-            return search_rankings(
-                self, queries, k, self.mode, candidates=self.candidates, rrf_k=self.rrf_k, documents=documents
-            )
 
     def by_words(self, queries: Sequence[str], k: int, documents: Collection[str] | None) -> list[Ranking]:
         """By the server's BM25."""
@@ -217,6 +175,9 @@ class ElasticsearchIndex:
         fields = ["text", "title", "document", "page"]
         return {id: Passage(id=id, **held) for id, held in self._held(ids, fields).items()}
 
+    def _digests(self, ids: Sequence[str]) -> Mapping[str, Any]:
+        return {id: held.get("digest") for id, held in self._held(ids, ["digest"]).items()}
+
     def _held(self, ids: Collection[str], fields: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Fields of the passages of these ids that are there."""
         found: dict[str, dict[str, Any]] = {}
@@ -224,6 +185,9 @@ class ElasticsearchIndex:
             answer = self._client.mget(index=self.name, ids=block, source_includes=list(fields))
             found |= {each["_id"]: each["_source"] for each in answer["docs"] if each.get("found")}
         return found
+
+    def _count(self) -> int:
+        return int(self._client.count(index=self.name)["count"])
 
     def _all_ids(self) -> Iterator[str]:
         """The ids of all passages, page by page in their order."""
@@ -241,23 +205,15 @@ class ElasticsearchIndex:
 
     def _create(self) -> None:
         """Make the index from a template of its name, which a template of higher priority can change."""
-        elasticsearch = _elasticsearch()
-        if not self._made:
-            template = {"settings": _SETTINGS, "mappings": self._mappings()}
-            self._client.indices.put_index_template(
-                name=f"{self.name}-template", index_patterns=[self.name], template=template, priority=100
-            )
-            try:
-                self._client.indices.create(index=self.name)
-            except elasticsearch.BadRequestError as error:
-                if error.error != "resource_already_exists_exception":  # another process was faster
-                    raise
-            self._made = True
-            self._check_embedder()
-        if self.embedder is None and self._meta():
-            raise UserError(
-                f"{self.name} holds vectors, which passages that are added need as well: set retrieval.embedder"
-            )
+        template = {"settings": _SETTINGS, "mappings": self._mappings()}
+        self._client.indices.put_index_template(
+            name=f"{self.name}-template", index_patterns=[self.name], template=template, priority=100
+        )
+        try:
+            self._client.indices.create(index=self.name)
+        except _elasticsearch().BadRequestError as error:
+            if error.error != "resource_already_exists_exception":  # another process was faster
+                raise
 
     def _mappings(self) -> dict[str, Any]:
         fields: dict[str, Any] = {
@@ -282,27 +238,12 @@ class ElasticsearchIndex:
             meta = {"embedder": self.embedder.key, "name": self.embedder.name}
         return {"dynamic": "strict", "_meta": meta, "_source": {"excludes": ["tokens"]}, "properties": fields}
 
-    def _meta(self) -> dict[str, str]:
+    def _settings(self) -> dict[str, str]:
         (mapping,) = self._client.indices.get_mapping(index=self.name).values()
         return dict(mapping["mappings"].get("_meta", {}))
 
-    def _check_embedder(self) -> None:
-        if self.embedder is not None:
-            meta = self._meta()
-            place = f"the index {self.name}"
-            require_embedder(place, meta.get("embedder", ""), meta.get("name", ""), self.embedder)
-
-    def _look(self) -> bool:
-        """Whether the index is there by now. Raises `UserError` when it is another embedder's."""
-        found = bool(self._client.indices.exists(index=self.name))
-        if found:
-            self._check_embedder()
-        return found
-
-    def _require(self) -> None:
-        self._made = self._made or self._look()
-        if not self._made:
-            raise UserError(f"{self._place} has no index {self.name}. Make one with python -m alignkit.index")
+    def _exists(self) -> bool:
+        return bool(self._client.indices.exists(index=self.name))
 
     @property
     def _place(self) -> str:

@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from alignkit.core.config import SearchMode
 from alignkit.core.errors import UserError
+from alignkit.core.retrieval_config import SearchMode
 from alignkit.retrieval.base import Found, Passage
 from alignkit.retrieval.bm25 import BM25Index
 from alignkit.retrieval.dense import nearest
-from alignkit.retrieval.embedder import RetrievalEmbedder, searched_text
+from alignkit.retrieval.embedder import RetrievalEmbedder, require_embedder, searched_text
 from alignkit.retrieval.fusion import Ranking, search_rankings
 from alignkit.retrieval.ingest import blocks, digest, some_at_a_time, without_repeats
 from alignkit.scoring.embedding import Vectors
@@ -339,17 +339,6 @@ class EmbeddedIndex:
             raise UserError(
                 f"the index {self.folder}: {error}. Free space, or delete the folder and index again."
             ) from error
-
-
-def require_embedder(place: str, key: str, name: str, embedder: RetrievalEmbedder) -> None:
-    """Raise `UserError` unless the vectors at `place` were made by this embedder."""
-    if not key:
-        raise UserError(f"{place} was built without vectors: choose retrieval.mode=bm25, or index again")
-    if key != embedder.key:
-        raise UserError(
-            f"{place} was built by the embedder {name} ({key[:8]}), and this is {embedder.name} ({embedder.key[:8]}): "
-            "their vectors cannot be compared. Set retrieval.embedder and its prompts as they were, or index again."
-        )
 
 
 def _marks(values: Collection[object]) -> str:

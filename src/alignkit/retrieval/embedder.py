@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from alignkit.core.config import RetrievalConfig
 from alignkit.core.errors import UserError
+from alignkit.core.retrieval_config import RetrievalConfig
 from alignkit.retrieval.base import Passage
-from alignkit.scoring.embedding import CharacterEmbedder, Embedder, SentenceTransformerEmbedder, Vectors
+from alignkit.scoring.embedding import CharacterEmbedder, Embedder, SentenceTransformerEmbedder, Vectors, unit_rows
 from alignkit.scoring.row_embedding import CHARACTERS
 
 LOG = logging.getLogger("alignkit")
@@ -48,11 +48,11 @@ class RetrievalEmbedder:
         for passage, vector in zip(passages, vectors, strict=True):
             if not np.isfinite(vector).all():
                 raise UserError(f"passage {passage.id}: the embedder makes it numbers that are not finite. Remove it.")
-        return _unit(vectors)
+        return unit_rows(vectors)
 
     def embed_queries(self, queries: Sequence[str]) -> Vectors:
         """float32 [len(queries), dimensions], rows of length 1 or all zeros."""
-        return _unit(self.queries.embed(queries))
+        return unit_rows(self.queries.embed(queries))
 
     def warn_of_cut(self) -> None:
         """Say how many passages are longer than the model reads, and count anew."""
@@ -83,6 +83,12 @@ def open_embedder(config: RetrievalConfig) -> RetrievalEmbedder:
     return RetrievalEmbedder(config.embedder, *(model.with_prompt(prompt) for prompt in prompts))
 
 
-def _unit(vectors: Vectors) -> Vectors:
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(vectors / np.where(lengths > 0, lengths, 1), dtype=np.float32)
+def require_embedder(place: str, key: str, name: str, embedder: RetrievalEmbedder) -> None:
+    """Raise `UserError` unless the vectors at `place` were made by this embedder."""
+    if not key:
+        raise UserError(f"{place} was built without vectors: choose retrieval.mode=bm25, or index again")
+    if key != embedder.key:
+        raise UserError(
+            f"{place} was built by the embedder {name} ({key[:8]}), and this is {embedder.name} ({embedder.key[:8]}): "
+            "their vectors cannot be compared. Set retrieval.embedder and its prompts as they were, or index again."
+        )

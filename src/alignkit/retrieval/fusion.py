@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
-from alignkit.core.config import SearchMode
+from alignkit.core.retrieval_config import SearchMode
 from alignkit.retrieval.base import Found, Passage
+
+RRF_K = 60
+"""The constant of reciprocal rank fusion that its authors found, and nearly everyone keeps."""
 
 Ranking = list[tuple[str, float]]
 """Ids of passages with their scores, best first, equal scores by id."""
@@ -25,7 +28,7 @@ class Rankings(Protocol):
         """The passages of these ids."""
 
 
-def reciprocal_rank_fusion(rankings: Sequence[Sequence[str]], rrf_k: int = 60) -> Ranking:
+def reciprocal_rank_fusion(rankings: Sequence[Sequence[str]], rrf_k: int = RRF_K) -> Ranking:
     """Ids by the sum over the rankings of 1 / (rrf_k + rank), ranks from 1 (Cormack, Clarke and Buettcher, SIGIR 2009).
 
     Equal sums stand by id. An id that a ranking does not have gets nothing from it.

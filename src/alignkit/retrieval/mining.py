@@ -15,9 +15,7 @@ from alignkit.core.records import RetrievalExample
 from alignkit.retrieval.answers import answer_in
 from alignkit.retrieval.base import Found, Passage
 from alignkit.retrieval.corpus import Corpus, passage_text
-
-RRF_K = 60
-"""Rankings of several retrievers are fused by the sum of 1 / (60 + rank) (Cormack et al., SIGIR 2009)."""
+from alignkit.retrieval.fusion import RRF_K
 
 POSITIVE_ID, POSITIVE_TEXT, ANSWER, MARGIN = (
     "positive by id",
@@ -58,6 +56,8 @@ def mine(
     example: RetrievalExample, corpus: Corpus, rankings: Sequence[Sequence[Found]], limits: Limits, seed: int
 ) -> tuple[list[Passage], Counter[str]]:
     """The negatives of one query out of what each retriever found, best first; and how many were removed, and why.
+
+    Several rankings are fused by reciprocal ranks, in which what an answer or a margin removes keeps its place.
 
     `rankings` must reach `limits.last_rank` places beyond the positives. What one retriever's margin removes is
     removed from all.

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from alignkit.core.config import RetrievalConfig, SearchEngine, SearchMode
 from alignkit.core.errors import UserError
+from alignkit.core.retrieval_config import RetrievalConfig, SearchEngine, SearchMode
 from alignkit.retrieval.base import Found, Retriever
 from alignkit.teacher.address import is_loopback
 

@@ -7,20 +7,18 @@ a passage, made as everywhere in alignkit, is a row of `postings`, and a query i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from alignkit.core.config import SearchMode
 from alignkit.core.errors import UserError, first_line
-from alignkit.retrieval.base import Found, Passage
-from alignkit.retrieval.bm25 import tokens
-from alignkit.retrieval.embedded import require_embedder
+from alignkit.core.retrieval_config import SearchMode
+from alignkit.retrieval.base import Passage
+from alignkit.retrieval.bm25 import K1, B, tokens
 from alignkit.retrieval.embedder import RetrievalEmbedder, searched_text
-from alignkit.retrieval.fusion import Ranking, search_rankings
-from alignkit.retrieval.ingest import blocks, digest, some_at_a_time, without_repeats
+from alignkit.retrieval.fusion import Ranking
+from alignkit.retrieval.server_index import ServerIndex, Vector
 
-K1, B = 1.5, 0.75
 _MOST_GRAPH_DIMENSIONS = 2000
 """Of pgvector's HNSW graph over 32-bit numbers."""
 
@@ -73,12 +71,14 @@ SELECT id, round((1 - distance)::numeric, 6) AS score FROM (
 """
 
 
-class PostgresIndex:
-    """A `Retriever` in a schema of a PostgreSQL database. `embedder` is needed for every mode but bm25.
+class PostgresIndex(ServerIndex):
+    """Passages in a schema of a PostgreSQL database.
 
     Scores are those of the embedded engine. Each block of passages is one transaction: what a kill or a lost connection
     leaves undone, the same call does later, without duplicates. `approximate` lets an HNSW graph find neighbours.
     """
+
+    NOUN = "schema"
 
     def __init__(
         self,
@@ -92,9 +92,7 @@ class PostgresIndex:
         rrf_k: int = 60,
         approximate: bool = False,
     ) -> None:
-        self.url, self.name, self.mode, self.approximate = url, name, mode, approximate
-        self.embedder = embedder if mode is not SearchMode.bm25 else None
-        self.candidates, self.rrf_k = candidates, rrf_k
+        super().__init__(url, name, embedder, mode, candidates=candidates, rrf_k=rrf_k, approximate=approximate)
         with self._explained():
             self._connection = _connect(url, password)
             self._made = self._look()
@@ -103,72 +101,32 @@ class PostgresIndex:
         """Close the connection."""
         self._connection.close()
 
-    def __len__(self) -> int:
-        with self._explained():
-            self._require()
-            return int(self._one("SELECT count(*) FROM {schema}.passages"))
-
     # -- changing ---------------------------------------------------------------------------------------------------
 
-    def index(self, passages: Iterable[Passage]) -> None:
-        """Hold these passages and no others; those that are there already, unchanged, cost next to nothing."""
-        seen: set[str] = set()
-        self.add(without_repeats(passages, seen))
-        with self._explained():
-            held = [id for (id,) in self._run("SELECT id FROM {schema}.passages") if id not in seen]
-        self.delete(held)
-
-    def add(self, passages: Iterable[Passage]) -> None:
-        """Hold these as well, block by block."""
-        with self._explained():
-            self._create()
-            for block in blocks(passages):
-                self._add(block)
-            self._run("ANALYZE {schema}.passages")
-            self._run("ANALYZE {schema}.postings")
-        if self.embedder is not None:
-            self.embedder.warn_of_cut()
-
-    def delete(self, ids: Iterable[str]) -> None:
-        """Hold these no longer."""
-        with self._explained():
-            self._require()
-            for block in some_at_a_time(ids):
-                self._run("DELETE FROM {schema}.passages WHERE id = ANY(%s)", [block])
-
-    def _add(self, block: Sequence[Passage]) -> None:
-        ids = [passage.id for passage in block]
-        held = dict(self._run("SELECT id, digest FROM {schema}.passages WHERE id = ANY(%s)", [ids]))
-        digests = {passage.id: digest(passage) for passage in block}
-        new = [passage for passage in block if held.get(passage.id) != digests[passage.id]]
-        if not new:
-            return
-        counts = [Counter(tokens(searched_text(passage))) for passage in new]
-        vectors: Sequence[Any] = [None] * len(new)
-        if self.embedder is not None:
-            vectors = [vector if vector.any() else None for vector in self.embedder.embed_passages(new)]
+    def _store(self, rows: Sequence[tuple[Passage, str, Vector | None]]) -> None:
+        ids = [passage.id for passage, _, _ in rows]
+        counts = [Counter(tokens(searched_text(passage))) for passage, _, _ in rows]
         with self._connection.transaction(), self._connection.cursor() as cursor:
-            self._run("DELETE FROM {schema}.passages WHERE id = ANY(%s)", [list(digests)])
+            self._run("DELETE FROM {schema}.passages WHERE id = ANY(%s)", [ids])
             columns = "id, digest, text, title, document, page, tokens" + (", vector" if self.embedder else "")
             with cursor.copy(self._sql(f"COPY {{schema}}.passages ({columns}) FROM STDIN")) as copy:
-                for passage, count, vector in zip(new, counts, vectors, strict=True):
-                    row = [passage.id, digests[passage.id], passage.text, passage.title, passage.document, passage.page]
+                for (passage, digest, vector), count in zip(rows, counts, strict=True):
+                    row = [passage.id, digest, passage.text, passage.title, passage.document, passage.page]
                     copy.write_row([*row, count.total(), *([vector] if self.embedder else [])])
             numbers = dict(self._run("SELECT id, number FROM {schema}.passages WHERE id = ANY(%s)", [ids]))
             with cursor.copy(self._sql("COPY {schema}.postings (token, number, times) FROM STDIN")) as copy:
-                for passage, count in zip(new, counts, strict=True):
+                for (passage, _, _), count in zip(rows, counts, strict=True):
                     for token, times in count.items():
                         copy.write_row([token, numbers[passage.id], times])
 
-    # -- searching --------------------------------------------------------------------------------------------------
+    def _remove(self, ids: Sequence[str]) -> None:
+        self._run("DELETE FROM {schema}.passages WHERE id = ANY(%s)", [ids])
 
-    def search(self, queries: Sequence[str], k: int, documents: Collection[str] | None = None) -> list[list[Found]]:
-        """For each query its at most `k` best passages; `documents` leaves only passages of these documents."""
-        with self._explained():
-            self._require()
-            return search_rankings(
-                self, queries, k, self.mode, candidates=self.candidates, rrf_k=self.rrf_k, documents=documents
-            )
+    def _finish(self) -> None:
+        self._run("ANALYZE {schema}.passages")
+        self._run("ANALYZE {schema}.postings")
+
+    # -- searching --------------------------------------------------------------------------------------------------
 
     def by_words(self, queries: Sequence[str], k: int, documents: Collection[str] | None) -> list[Ranking]:
         """By BM25 (the formula is that of `BM25Index`), all queries in one statement."""
@@ -206,29 +164,33 @@ class PostgresIndex:
             for id, text, title, document, page in self._run(query, [list(ids)])
         }
 
+    def _count(self) -> int:
+        return int(self._one("SELECT count(*) FROM {schema}.passages"))
+
+    def _all_ids(self) -> list[str]:
+        return [id for (id,) in self._run("SELECT id FROM {schema}.passages")]
+
+    def _digests(self, ids: Sequence[str]) -> dict[str, str]:
+        return dict(self._run("SELECT id, digest FROM {schema}.passages WHERE id = ANY(%s)", [ids]))
+
     # -- the server -------------------------------------------------------------------------------------------------
 
     def _create(self) -> None:
-        """Make the schema, its tables and, with an embedder, the column and the graph of vectors."""
-        if not self._made:
-            with self._connection.transaction():
-                self._run("SELECT pg_advisory_xact_lock(hashtext(%s))", [self.name])
-                self._run("CREATE SCHEMA IF NOT EXISTS {schema}")
-                self._connection.execute(self._sql(_TABLES))
-                if self.embedder is not None:
-                    self._run("CREATE EXTENSION IF NOT EXISTS vector")
-                    column = f"ADD COLUMN IF NOT EXISTS vector vector({self.embedder.dimensions})"
-                    self._run(f"ALTER TABLE {{schema}}.passages {column}")
-                embedder = self.embedder
-                settings = [("embedder", embedder.key), ("name", embedder.name)] if embedder else []
-                for key, value in settings:
+        """Make the schema, its tables and, with an embedder, the column of vectors."""
+        with self._connection.transaction():
+            self._run("SELECT pg_advisory_xact_lock(hashtext(%s))", [self.name])
+            self._run("CREATE SCHEMA IF NOT EXISTS {schema}")
+            self._connection.execute(self._sql(_TABLES))
+            if self.embedder is not None:
+                self._run("CREATE EXTENSION IF NOT EXISTS vector")
+                column = f"ADD COLUMN IF NOT EXISTS vector vector({self.embedder.dimensions})"
+                self._run(f"ALTER TABLE {{schema}}.passages {column}")
+                for key, value in (("embedder", self.embedder.key), ("name", self.embedder.name)):
                     self._run("INSERT INTO {schema}.settings VALUES (%s, %s) ON CONFLICT DO NOTHING", [key, value])
-            self._made = True
-            self._open()
-        if self.embedder is None and self._settings():
-            raise UserError(
-                f"{self.name} holds vectors, which passages that are added need as well: set retrieval.embedder"
-            )
+
+    def _make_ready(self) -> None:
+        """Make the graph of vectors, too, where it is wanted."""
+        super()._make_ready()
         if self.approximate and self.embedder is not None:
             if self.embedder.dimensions > _MOST_GRAPH_DIMENSIONS:
                 raise UserError(
@@ -239,29 +201,16 @@ class PostgresIndex:
                 "CREATE INDEX IF NOT EXISTS passages_vector ON {schema}.passages USING hnsw (vector vector_cosine_ops)"
             )
 
-    def _open(self) -> None:
-        """Refuse another embedder; teach the connection what a vector is."""
-        if self.embedder is None:
-            return
-        from pgvector.psycopg import register_vector
+    def _check_embedder(self) -> None:
+        """Teach the connection what a vector is, too."""
+        super()._check_embedder()
+        if self.embedder is not None:
+            from pgvector.psycopg import register_vector
 
-        settings = self._settings()
-        require_embedder(
-            f"the schema {self.name}", settings.get("embedder", ""), settings.get("name", ""), self.embedder
-        )
-        register_vector(self._connection)
+            register_vector(self._connection)
 
-    def _look(self) -> bool:
-        """Whether the index is there by now. Raises `UserError` when it is another embedder's."""
-        found = bool(self._one("SELECT to_regclass(%s) IS NOT NULL", [f'"{self.name}".settings']))
-        if found:
-            self._open()
-        return found
-
-    def _require(self) -> None:
-        self._made = self._made or self._look()
-        if not self._made:
-            raise UserError(f"{_place(self.url)} has no index {self.name}. Make one with python -m alignkit.index")
+    def _exists(self) -> bool:
+        return bool(self._one("SELECT to_regclass(%s) IS NOT NULL", [f'"{self.name}".settings']))
 
     def _settings(self) -> dict[str, str]:
         return dict(self._run("SELECT key, value FROM {schema}.settings"))
@@ -278,6 +227,10 @@ class PostgresIndex:
 
         return sql.SQL(statement).format(schema=sql.Identifier(self.name))
 
+    @property
+    def _place(self) -> str:
+        return self.url.partition("?")[0]  # what stands behind may be secret
+
     @contextmanager
     def _explained(self) -> Iterator[None]:
         psycopg = _psycopg()
@@ -285,11 +238,11 @@ class PostgresIndex:
             yield
         except psycopg.OperationalError as error:
             raise UserError(
-                f"retrieval.url: the database at {_place(self.url)} does not answer ({first_line(error)}). Start it, "
+                f"retrieval.url: the database at {self._place} does not answer ({first_line(error)}). Start it, "
                 "or correct retrieval.url and retrieval.api_key_env; the same command then continues"
             ) from error
         except psycopg.Error as error:
-            raise UserError(f"the database at {_place(self.url)}, schema {self.name}: {first_line(error)}") from error
+            raise UserError(f"the database at {self._place}, schema {self.name}: {first_line(error)}") from error
 
 
 def _connect(url: str, password: str | None) -> Any:
@@ -303,11 +256,6 @@ def _psycopg() -> Any:
     except ImportError as error:
         raise UserError("PostgreSQL needs psycopg and pgvector: pip install 'alignkit[postgres]'") from error
     return psycopg
-
-
-def _place(url: str) -> str:
-    """A URL without what may stand in its query."""
-    return url.partition("?")[0]
 
 
 def _list(documents: Collection[str] | None) -> list[str] | None:

@@ -86,8 +86,7 @@ class CharacterEmbedder:
             counts = _ngram_counts(texts[start:end]).tocsr()
             counts.data = (1 + np.log(counts.data)) * self._rarity[counts.indices]
             projected = (counts @ self._projection).toarray()
-            lengths = np.linalg.norm(projected, axis=1, keepdims=True)
-            vectors[start:end] = projected / np.where(lengths > 0, lengths, 1)
+            vectors[start:end] = unit_rows(projected)
         return vectors
 
     def too_long(self, texts: Sequence[str]) -> int:
@@ -206,10 +205,10 @@ def contaminated_by_embedding(
     matches: list[Match | None] = []
     if not len(evaluation_embeddings):
         return [None] * len(embeddings)
-    evaluation = _unit(evaluation_embeddings).T
+    evaluation = unit_rows(evaluation_embeddings).T
     block = max(1, _BLOCK_NUMBERS // evaluation.shape[1])
     for start in range(0, len(embeddings), block):
-        cosines = _unit(embeddings[start : start + block]) @ evaluation
+        cosines = unit_rows(embeddings[start : start + block]) @ evaluation
         nearest = cosines.argmax(axis=1)
         for row, cosine in zip(nearest.tolist(), cosines[np.arange(len(nearest)), nearest].tolist(), strict=True):
             matches.append(Match(row, min(cosine, 1.0)) if cosine >= threshold else None)
@@ -230,7 +229,8 @@ def _embed_blocks(embedder: Embedder, texts: Sequence[str], cache: EmbeddingCach
         yield from (known[text] for text in block)
 
 
-def _unit(vectors: Vectors) -> Vectors:
+def unit_rows(vectors: npt.NDArray[np.floating[Any]]) -> Vectors:
+    """float32, rows of length 1, or all zeros where there is nothing."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.asarray(vectors / np.where(lengths > 0, lengths, 1), dtype=np.float32)
 

@@ -36,7 +36,8 @@ from alignkit.teacher.recipes.document_requests import (
     scores_request,
 )
 
-SCORES = ("relevance", "global_relevance", "coverage")
+GRADED = ("relevance", "global_relevance", "coverage")
+"""What the teacher grades a question by, from 0 to 10; `min_score` holds for each."""
 
 
 @dataclass
@@ -324,7 +325,7 @@ def find_distractors(candidate: Candidate, config: DocumentsConfig) -> list[Chun
 def _score_problem(candidate: Candidate, answer: Answer, least: int) -> Dropped | None:
     if not answer.usable:
         return candidate.drop(str(answer.reason), answer.detail, answer=answer.text)
-    for name in SCORES:
+    for name in GRADED:
         if candidate.scores.get(name, least) < least:
             return candidate.drop(f"{name} below min_score", f"{candidate.scores[name]} of 10, min_score={least}")
     return None

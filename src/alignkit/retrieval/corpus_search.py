@@ -1,5 +1,8 @@
 """One search of a whole corpus for many queries: what mining and the evaluation of retrievers begin with.
 
+The corpus is in memory, and passages are read as they are for training a retriever, with the instructions of each task;
+only an encoder's vectors are kept. An index that is kept and searched again is what `retrieval.open` opens.
+
 A retriever is named by a word: `bm25`, `characters` (cosines of character n-grams, no model needed), or the folder or
 hub name of a sentence-transformers encoder.
 """
@@ -15,7 +18,7 @@ import numpy as np
 from alignkit.core.progress import progress
 from alignkit.retrieval.base import Found, Passage
 from alignkit.retrieval.corpus import Corpus, passage_text
-from alignkit.scoring.embedding import Vectors
+from alignkit.scoring.embedding import Vectors, unit_rows
 from alignkit.scoring.row_embedding import CHARACTERS
 
 BM25 = "bm25"
@@ -28,7 +31,9 @@ class Query(NamedTuple):
     text: str
 
 
-def search(name: str, corpus: Corpus, queries: Sequence[Query], k: int, cache: str | None = None) -> list[list[Found]]:
+def search_corpus(
+    name: str, corpus: Corpus, queries: Sequence[Query], k: int, cache: str | None = None
+) -> list[list[Found]]:
     """For each query its at most `k` best passages, best first, equal scores by id.
 
     `cache` is the file that keeps an encoder's vectors of passages.
@@ -94,11 +99,5 @@ def _nearest(passages: Sequence[Passage], queries: Vectors, vectors: Vectors, k:
     order, among = np.arange(len(passages)), np.ones(len(passages), bool)
     return [
         [Found(passages[row], score) for row, score in hits]
-        for hits in nearest(_unit(queries), _unit(vectors), k, order, among)
+        for hits in nearest(unit_rows(queries), unit_rows(vectors), k, order, among)
     ]
-
-
-def _unit(vectors: Vectors) -> Vectors:
-    """Rows of length 1, or all zeros where there is nothing."""
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(vectors / np.where(lengths > 0, lengths, 1), np.float32)
