@@ -8,13 +8,17 @@ are those of this process; they tell more than the clock where others use the ma
 1. `EmbeddedIndex`, words alone: N passages into a folder (SQLite and BM25), then 1,000 queries for 100 passages each.
 2. The same queries by `BM25Index`, by plain `bm25s`, and by `rank_bm25` (its loop, with Lucene's idf, so that scores
    are the same), on shares that the slower ones can bear.
-3. `nearest` over N float32 vectors of 384 numbers on disk, against one matrix product and `argpartition` in memory.
+3. `alignkit mine` as a user types it: a corpus of N passages in a file, 1,000 queries made of words of one of them each.
+4. `nearest` over N float32 vectors of 384 numbers on disk, against one matrix product and `argpartition` in memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -114,6 +118,30 @@ def compare(name: str, reference: Callable[..., tuple[Any, float, float]], count
     )
 
 
+def measure_mining(count: int) -> None:
+    """The command `mine` by BM25, in a process of its own."""
+    random = np.random.default_rng(4)
+    asked = set(random.choice(count, QUERIES, replace=False).tolist())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with (folder / "passages.jsonl").open("w") as corpus, (folder / "rows.jsonl").open("w") as rows:
+            for number, text in enumerate(texts(count)):
+                corpus.write(json.dumps({"id": f"p{number:07d}", "text": text}) + "\n")
+                if number in asked:
+                    query = " ".join(random.choice(text.split(), 6, replace=False))
+                    row = {"query_id": str(number), "query": query, "pos": [text], "answers": [], "task": "made_up"}
+                    rows.write(json.dumps(row) + "\n")
+        given = [f"data.path={folder / 'rows.jsonl'}", f"corpus={folder / 'passages.jsonl'}"]
+        command = [sys.executable, "-m", "alignkit.mine", f"output_dir={folder / 'mine'}", *given]
+        done, _, clock = timed(lambda: subprocess.run(command, capture_output=True, text=True, check=False))
+        assert done.returncode == 0, done.stderr
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        print(f"3. {done.stdout.strip().splitlines()[-1].split(' -> ')[0]}:")
+        print(
+            f"   CPU {used.ru_utime + used.ru_stime:.0f} s, {clock:.0f} s; peak memory {used.ru_maxrss / 1e6:.2f} GB"
+        )
+
+
 def measure_vectors(count: int) -> None:
     """Exact neighbours on disk and in memory."""
     random = np.random.default_rng(2)
@@ -130,7 +158,7 @@ def measure_vectors(count: int) -> None:
         before = peak()
         found, cpu, _ = timed(lambda: nearest(queries, vectors, K, order, among))
         print(
-            f"3. {count:,} vectors, {QUERIES:,} queries for {K}: CPU {cpu:.1f} s; {peak() - before:.2f} GB more memory,"
+            f"4. {count:,} vectors, {QUERIES:,} queries for {K}: CPU {cpu:.1f} s; {peak() - before:.2f} GB more memory,"
         )
         loaded = np.array(vectors)
 
@@ -157,6 +185,7 @@ def main() -> None:
     measure_folder(arguments.passages, queries)
     compare("bm25s", scores_of_bm25s, min(BM25S_SHARE, arguments.passages), queries)
     compare("rank_bm25", scores_of_rank_bm25, min(RANK_SHARE, arguments.passages), queries[:RANK_QUERIES])
+    measure_mining(arguments.passages)
     measure_vectors(arguments.vectors)
 
 
