@@ -116,8 +116,6 @@ def test_names_and_keys_are_checked(held_out: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(held_out.parent)
     with pytest.raises(UserError, match=r"servers.api_key_env.gpt: no server among the models"):
         examine(held_out.parent, "models.base=''", "servers.api_key_env.gpt=MY_KEY")
-    with pytest.raises(UserError, match=r"contexts=multihop: the server gpt cannot be asked with tools"):
-        examine(held_out.parent, "models.gpt='http://127.0.0.1:1/v1#m'", "contexts=multihop")
     with pytest.raises(UserError, match=r"passages.documents: not read with contexts=clean"):
         examine(held_out.parent, "models.base=''", "passages.documents=test.jsonl")
 
@@ -234,6 +232,50 @@ def test_a_server_that_does_not_know_the_model(held_out: Path, monkeypatch: pyte
         address = f"{server.base_url}#gone"
         with pytest.raises(UserError, match=rf"models.served={address}: .*no such model"):
             examine(held_out.parent, f"models.served='{address}'")
+
+
+@pytest.mark.parametrize("way", ["searches", "searches_in_text"])
+def test_a_server_searches_for_itself_and_goes_on_without_paying_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """By the parameter `tools`, or where that is refused by the text of the prompt."""
+    monkeypatch.chdir(tmp_path)
+    seats = {"Fikico": "Padera", "Ferro": "Posil", "Bakoco": "Lund"}
+    rows = [
+        {"id": x, "instruction": f"Notes: {x} is in {y}.", "input": f"Where is {x}?", "output": y}
+        for x, y in seats.items()
+    ]
+    write(tmp_path / "test.jsonl", rows)
+    broken = True
+
+    def behaviour(prompt: str, attempt: int) -> str:
+        return "refused" if broken and prompt.startswith("Notes:") else way
+
+    with serving(behaviour) as server:
+        given = [f"models.served='{server.base_url}#m'", "contexts=multihop", "sampling.temperature=[0.2,0.9]"]
+        with pytest.raises(UserError, match="the key was refused"):  # after the first step
+            examine(tmp_path, *given)
+        assert sorted(server.completed) == sorted(row["input"] for row in rows)
+        broken = False
+        artifact = examine(tmp_path, *given)
+        assert set(server.completed.values()) == {1}
+        last = server.bodies[-1]
+    answers = {row.id: row.answers["served"] for row in read_predictions(artifact.folder / "predictions.jsonl")}
+    for row in rows:
+        answer = answers[row["id"]]
+        assert (answer.queries, answer.contexts) == ([row["input"]], [row["instruction"]])
+        assert (answer.text, answer.scores["hops"]) == (f"reply to {row['instruction']}", 1)
+    assert artifact.metrics["searches"]["served"]["searched"] == 1
+    roles = ["user", "assistant", "tool"] if way == "searches" else ["system", "user", "assistant", "tool"]
+    assert [turn["role"] for turn in last["messages"]] == roles
+    if way == "searches":
+        (call,) = last["messages"][1]["tool_calls"]
+        assert json.loads(call["function"]["arguments"])["query"].startswith("Where is")
+        assert last["messages"][2]["tool_call_id"] == call["id"]
+        assert last["tools"][0]["function"]["name"] == "retrieve"
+    else:
+        assert '"name": "retrieve"' in last["messages"][0]["content"]
+        assert last["messages"][2]["content"].startswith("<tool_call>")
 
 
 # -- models on this machine --------------------------------------------------------------------------------------------

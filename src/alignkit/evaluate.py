@@ -195,7 +195,7 @@ def run(config: EvaluateConfig) -> Artifact:
 
 def check_config(config: EvaluateConfig, systems: Sequence[System]) -> None:
     """Raise `UserError` for settings that make no sense together, before anything is read."""
-    from alignkit.evaluation.systems import SystemKind, check_servers
+    from alignkit.evaluation.systems import check_servers
     from alignkit.generation.base import check_sampling
 
     if config.sampling.n != 1:
@@ -212,12 +212,6 @@ def check_config(config: EvaluateConfig, systems: Sequence[System]) -> None:
         raise UserError("human_labels: people are compared with the judge; set judge=true or pairwise=true")
     config.passages.check()
     check_servers(systems, config.servers)
-    served = [system.name for system in systems if system.kind is SystemKind.server]
-    if config.contexts is ContextKind.multihop and served:
-        raise UserError(
-            f"contexts=multihop: the server {served[0]} cannot be asked with tools yet; leave it out, or let it answer "
-            "elsewhere and name the file of its answers"
-        )
 
 
 def read_comparisons(names: Sequence[str], comparisons: Sequence[str]) -> list[tuple[str, str]]:
