@@ -385,8 +385,11 @@ def log_comparisons(comparisons: Sequence[Mapping[str, Any]]) -> None:
 
 
 def headline(models: Mapping[str, dict[str, Any]]) -> str:
-    """Exact match of every model, in a few words."""
-    return "exact match " + ", ".join(f"{name} {each['exact_match']['mean']:.3f}" for name, each in models.items())
+    """Exact match of every model, in a few words; where they answered different numbers of questions, on how many."""
+    scores = {name: each["exact_match"] for name, each in models.items()}
+    uneven = len({each["n"] for each in scores.values()}) > 1
+    said = {name: f" (n {each['n']})" if uneven else "" for name, each in scores.items()}
+    return "exact match " + ", ".join(f"{name} {each['mean']:.3f}{said[name]}" for name, each in scores.items())
 
 
 if __name__ == "__main__":

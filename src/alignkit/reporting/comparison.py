@@ -78,7 +78,10 @@ def markdown(found: dict[str, Any]) -> str:
             [
                 code(system["title"]),
                 code(measures.title(score)),
-                *(measures.interval(score, each[score]) if score in each else "–" for each in system["by_run"]),
+                *(
+                    measures.interval(score, each[score], with_n=_uneven(system, score)) if score in each else "–"
+                    for each in system["by_run"]
+                ),
             ]
             for system in found["systems"]
             for score in found["scores"]
@@ -90,7 +93,7 @@ def markdown(found: dict[str, Any]) -> str:
                 code(each["run"]),
                 code(each["title"]),
                 code(measures.title(name)),
-                measures.interval(name, value, sign=True),
+                measures.interval(name, value, sign=True, with_n=value["n"] != each["questions"]),
                 _WORDS[verdict(value)],
             ]
             for each in found["differences"]
@@ -103,6 +106,11 @@ def markdown(found: dict[str, Any]) -> str:
     rows = [[code(each["step"]), code(each["key"]), *map(code, each["values"])] for each in found["settings"]]
     parts.append("## Settings that differ\n\n" + (table(["Step", "Key", *labels], rows) if rows else "None.\n"))
     return "\n".join(parts)
+
+
+def _uneven(system: Mapping[str, Any], score: str) -> bool:
+    """Whether the runs have a score of a model on different numbers of questions."""
+    return len({each[score]["n"] for each in system["by_run"] if score in each}) > 1
 
 
 def _label(run: Run) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from alignkit.evaluation.predictions import TAGS, Prediction, compare, read_predictions
 from alignkit.evaluation.statistics import Estimate, bootstrap_together
-from alignkit.reporting.measures import FULL_MARKS, estimated
+from alignkit.reporting.measures import FULL_MARKS, estimated, rows_behind
 from alignkit.reporting.runs import Run, Step
 
 MOST_VALUES = 40
@@ -142,6 +142,25 @@ class HeldOut:
     def by_seed(self, model: str, score: str) -> list[Estimate | None]:
         """A model's score for each seed; None where that seed's evaluation does not have it."""
         return [metrics["models"].get(model, {}).get(score) for metrics in self.metrics]
+
+    def rows_behind(self, score: str) -> int | bool:
+        """What the table of scores has to say of the rows behind one of them: see `measures.rows_behind`."""
+        found = [each for model in self.models for each in self.by_seed(model, score)]
+        return rows_behind(found, len(self.predictions[0]))
+
+    def pairs_behind(self, score: str) -> int | bool:
+        """The same of the table of gains, over all seeds together."""
+        return rows_behind([gain.pooled.get(score) for gain in self.gains], sum(map(len, self.predictions)))
+
+    @property
+    def uneven(self) -> bool:
+        """Whether some models have a score on other questions than others."""
+        return any(self.rows_behind(score) is True for score in self.scores)
+
+    @property
+    def uneven_pairs(self) -> bool:
+        """Whether some gains in a score stand on other questions than others."""
+        return any(self.pairs_behind(score) is True for score in self.differences)
 
     def pooled(self, model: str, score: str) -> Estimate | None:
         """A model's score over all seeds together, with a bootstrap interval over statements; of one seed, its own."""

@@ -65,6 +65,8 @@ def environment() -> Environment:
         "interval": measures.interval,
         "unit": measures.unit,
         "p_value": measures.p_value,
+        "heading": measures.heading,
+        "rows_behind": measures.rows_behind,
     }
     return opened
 
