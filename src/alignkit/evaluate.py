@@ -146,13 +146,13 @@ class EvaluateConfig(StageConfig):
 def run(config: EvaluateConfig) -> Artifact:
     """Let every system answer every held-out question, grade the answers, and estimate scores and differences."""
     from alignkit.evaluation.agreement import read_labels
-    from alignkit.evaluation.answering import answer_with_systems, grade
+    from alignkit.evaluation.answering import answer_with_systems, grade, store_of
     from alignkit.evaluation.comparison import document_of
     from alignkit.evaluation.harnesses import check_harnesses, export_questions
     from alignkit.evaluation.metrics.catalogue import check_metrics
     from alignkit.evaluation.metrics.measure import score_rows
     from alignkit.evaluation.predictions import compare, scores_to_compare, summarise
-    from alignkit.evaluation.systems import identify
+    from alignkit.evaluation.systems import check_servers_reachable, identify
 
     check_metrics(config.metrics, config.measuring)
     check_harnesses(config.export)
@@ -165,6 +165,7 @@ def run(config: EvaluateConfig) -> Artifact:
     with Artifact.open("evaluate", config) as artifact:
         if artifact.up_to_date:
             return artifact
+        check_servers_reachable(systems, config.servers, {each.name: store_of(each, artifact) for each in systems})
         examples = read_held_out(config, artifact)
         documents = {example.id: document_of(example, config.cluster_by) for example in examples}
         check_leakage(examples, systems, config, artifact)

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.core.artifact import Artifact
@@ -17,7 +18,7 @@ from alignkit.data.chat import qa_prompt
 from alignkit.data.sources.qa_expert import RETRIEVE
 from alignkit.evaluation.answers import Answer, Missing, Outcomes, read_answers
 from alignkit.evaluation.contexts import Question
-from alignkit.evaluation.systems import ServersConfig, System, SystemKind, open_here, server_config
+from alignkit.evaluation.systems import ServersConfig, System, SystemKind, open_here, server_config, server_keys
 
 if TYPE_CHECKING:
     from alignkit.evaluation.multihop import Search
@@ -161,6 +162,11 @@ def _generate(generator: HFGenerator, questions: Sequence[Question], setup: Setu
     return outcomes
 
 
+def store_of(system: System, artifact: Artifact) -> Path:
+    """Where a server's answers lie until the stage is complete."""
+    return artifact.work_folder / "answers" / f"{system.name}.sqlite"
+
+
 def _ask_server(system: System, questions: Sequence[Question], setup: Setup, artifact: Artifact) -> Outcomes:
     """What a server answers, in one turn to each question or after a search.
 
@@ -169,31 +175,27 @@ def _ask_server(system: System, questions: Sequence[Question], setup: Setup, art
     from alignkit.evaluation.multihop import search_and_answer
     from alignkit.generation.openai import OpenAIGenerator
     from alignkit.generation.resumable import chunk_seed
-    from alignkit.teacher.client import open_teacher
+    from alignkit.teacher.openai_client import OpenAITeacher
 
-    store = artifact.work_folder / "answers" / f"{system.name}.sqlite"
-    try:
-        teacher = open_teacher(server_config(system, setup.servers, store))
-        generator = OpenAIGenerator(teacher, system.name, setup.tools)
+    teacher = OpenAITeacher(server_config(system, setup.servers, store_of(system, artifact)), server_keys(system))
+    generator = OpenAIGenerator(teacher, system.name, setup.tools)
 
-        def write(step: int, going: Sequence[Search]) -> dict[str, Completion | Missing]:
-            prompts = [search.messages for search in going]
-            written = _write_turns(generator, prompts, setup.sampling, chunk_seed(setup.seed, step))
-            return {search.id: turn for search, turn in zip(going, written, strict=True)}
+    def write(step: int, going: Sequence[Search]) -> dict[str, Completion | Missing]:
+        prompts = [search.messages for search in going]
+        written = _write_turns(generator, prompts, setup.sampling, chunk_seed(setup.seed, step))
+        return {search.id: turn for search, turn in zip(going, written, strict=True)}
 
-        outcomes: Outcomes = {}
-        if setup.retriever is not None:
-            with Journal(artifact.work_folder / "turns" / f"{system.name}.jsonl", artifact.fingerprint) as journal:
-                outcomes = search_and_answer(write, questions, setup.retriever, setup.k, setup.hops, journal)
-        else:
-            turns = _write_turns(generator, [question.prompt for question in questions], setup.sampling, setup.seed)
-            for question, turn in zip(questions, turns, strict=True):
-                if isinstance(turn, Completion):
-                    outcomes[question.id] = Answer(turn.text, turn.finished, question.contexts)
-                else:
-                    outcomes[question.id] = turn
-    except UserError as error:
-        raise UserError(f"models.{system.name}={system.source}#{system.served_as}: {error}") from error
+    outcomes: Outcomes = {}
+    if setup.retriever is not None:
+        with Journal(artifact.work_folder / "turns" / f"{system.name}.jsonl", artifact.fingerprint) as journal:
+            outcomes = search_and_answer(write, questions, setup.retriever, setup.k, setup.hops, journal)
+    else:
+        turns = _write_turns(generator, [question.prompt for question in questions], setup.sampling, setup.seed)
+        for question, turn in zip(questions, turns, strict=True):
+            if isinstance(turn, Completion):
+                outcomes[question.id] = Answer(turn.text, turn.finished, question.contexts)
+            else:
+                outcomes[question.id] = turn
     artifact.metrics.setdefault("servers", {})[system.name] = asdict(teacher.usage)
     return outcomes
 
