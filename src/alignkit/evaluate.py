@@ -161,7 +161,7 @@ def run(config: EvaluateConfig) -> Artifact:
     check_config(config, systems)
     if config.pairwise and not comparisons:
         raise UserError("pairwise=true: there is nothing to compare with one system; name another in models")
-    labels = read_labels(config.human_labels, [system.name for system in systems]) if config.human_labels else []
+    labels = read_labels(config.human_labels, [system.name for system in systems]) if config.human_labels else {}
     with Artifact.open("evaluate", config) as artifact:
         if artifact.up_to_date:
             return artifact
@@ -358,7 +358,7 @@ def ask_judge(
     rows: list[Prediction],
     comparisons: Sequence[tuple[str, str]],
     systems: Sequence[System],
-    labels: Sequence[HumanLabel],
+    labels: Mapping[str, HumanLabel],
     config: EvaluateConfig,
     artifact: Artifact,
 ) -> list[Prediction]:
