@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 import pytest
 from test_report import make_run, report
 
 from alignkit.core.artifact import Artifact
 from alignkit.evaluate import headline
+from alignkit.evaluation.comparison import Difference, verdict
 from alignkit.evaluation.predictions import compare, read_predictions, summarise
 from alignkit.reporting.measures import heading, rows_behind
 
@@ -74,6 +76,38 @@ def test_scores_over_the_same_rows_say_nothing_of_it(tmp_path: Path) -> None:
     assert "n 60" not in figures and figures.startswith("exact match, % of 60 questions")
     assert "(n 60)" not in (artifact.folder / "report.md").read_text(encoding="utf-8")
     assert ", n 60</small>" not in (artifact.folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "p", "said"),
+    [
+        (0.01, 0.1, 0.05, "helped"),
+        (0.01, 0.1, 0.06, "was not shown to help"),
+        (-0.01, 0.1, 0.01, "did not help"),
+        (-0.1, -0.01, 0.01, "hurt"),
+        (-0.1, -0.01, 0.06, "did not help"),
+        (0.0, 0.0, 1.0, "did not help"),
+    ],
+)
+def test_a_verdict_needs_interval_and_p(low: float, high: float, p: float, said: str) -> None:
+    found = {"mean": (low + high) / 2, "low": low, "high": high, "n": 60, "clusters": 60, "p": p, "p_holm": p}
+    assert verdict(cast(Difference, found)) == said
+
+
+def test_what_p_does_not_bear_out_is_called_so_everywhere(tmp_path: Path) -> None:
+    """Five statements, all won: the interval is above zero, and p cannot fall below 1/16."""
+    make_run(tmp_path / "run", rates={"base": 0.0, "sft": 1.5}, questions=5)
+    artifact = report(tmp_path / "run", tmp_path / "out")
+    said = "was not shown to help"
+    assert said in (artifact.folder / "figures.txt").read_text(encoding="utf-8").splitlines()[4]
+    text = (artifact.folder / "report.md").read_text(encoding="utf-8")
+    assert f"; it {said}.**" in text and f"| stage | {said} |" in text
+    page = (artifact.folder / "report.html").read_text(encoding="utf-8")
+    assert (
+        "Training was not shown to help" in page
+        and f'<span class="verdict was-not-shown-to-help">{said}</span>' in page
+    )
+    assert json.loads((artifact.folder / "report.json").read_text(encoding="utf-8"))["verdict"]["verdict"] == said
 
 
 def test_the_stage_says_in_its_headline_on_how_many() -> None:

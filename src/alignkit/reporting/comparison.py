@@ -8,9 +8,10 @@ from typing import Any
 
 from alignkit.core.config import StageConfig
 from alignkit.core.sweep import JOB_FILE
+from alignkit.evaluation.comparison import HELPED, HURT, NO_HELP, NOT_COMPARED, NOT_SHOWN, verdict
 from alignkit.evaluation.predictions import Prediction, compare
 from alignkit.reporting import measures
-from alignkit.reporting.held_out import HeldOut, Roles, read_held_out, verdict
+from alignkit.reporting.held_out import HeldOut, Roles, read_held_out
 from alignkit.reporting.markdown import table
 from alignkit.reporting.page import environment
 from alignkit.reporting.plain import code
@@ -19,7 +20,13 @@ from alignkit.reporting.summary import FORMAT
 from alignkit.reporting.templating import style
 
 _INCIDENTAL = (*StageConfig.incidental, "seed", "inputs")
-_WORDS = {"helped": "better", "hurt": "worse", "did not help": "no difference", "not compared": "not compared"}
+_WORDS = {
+    HELPED: "better",
+    HURT: "worse",
+    NO_HELP: "no difference",
+    NOT_SHOWN: "not shown to be better",
+    NOT_COMPARED: NOT_COMPARED,
+}
 """What a verdict about a stage is called between runs."""
 NO_STEP, NO_KEY = "no such step", "not set"
 
@@ -94,7 +101,7 @@ def markdown(found: dict[str, Any]) -> str:
                 code(each["title"]),
                 code(measures.title(name)),
                 measures.interval(name, value, sign=True, with_n=value["n"] != each["questions"]),
-                _WORDS[verdict(value)],
+                _WORDS[verdict(each[name])],
             ]
             for each in found["differences"]
             for name, value in each.items()

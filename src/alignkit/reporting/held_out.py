@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from alignkit.evaluation.comparison import verdict
 from alignkit.evaluation.predictions import TAGS, Prediction, compare, read_predictions
 from alignkit.evaluation.statistics import Estimate, bootstrap_together
 from alignkit.reporting.measures import FULL_MARKS, estimated, rows_behind
@@ -62,7 +63,7 @@ class Gain:
 
     @property
     def verdict(self) -> str:
-        """What the pooled interval of the deciding score allows to be said."""
+        """What interval and p of the deciding score, over all seeds together, allow to be said."""
         return verdict(self.pooled.get(self.score))
 
     @property
@@ -291,15 +292,6 @@ def _with_kept(
         for row in predictions
     ]
     return metrics | more, rows
-
-
-def verdict(estimate: Estimate | None) -> str:
-    """What the interval of a difference allows to be said."""
-    if estimate is None:
-        return "not compared"
-    if estimate["low"] > 0:
-        return "helped"
-    return "hurt" if estimate["high"] < 0 else "did not help"
 
 
 def in_turn(rows: Sequence[Prediction], group: Callable[[Prediction], str] | None = None) -> list[Prediction]:

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from alignkit.core.errors import UserError
+from alignkit.evaluation.comparison import HELPED, verdict
 from alignkit.reporting.figures import NARROW, WIDE, Interval, intervals
 from alignkit.reporting.plain import one_line
 from alignkit.reporting.svg import COLOURS, figure_style, new_figure, to_svg
@@ -307,7 +308,7 @@ def _comparison(found: Audit) -> dict[str, Any]:
     differences = [
         {
             "name": one_line(each["name"], 80).replace(" - ", f" {MINUS} "),
-            "cells": [(_interval(name, each[name], sign="+"), _verdict(each[name])) for name in names],
+            "cells": [(_interval(name, each[name], sign="+"), verdict(each[name])) for name in names],
         }
         for each in found["differences"]
     ]
@@ -319,15 +320,8 @@ def _comparison(found: Audit) -> dict[str, Any]:
         "first": _title(names[0])[0].lower() + _title(names[0])[1:],
         "strategies": strategies,
         "differences": differences,
-        "helped": [line["name"] for line in differences if line["cells"][0][1] == "helped"],
+        "helped": [line["name"] for line in differences if line["cells"][0][1] == HELPED],
     }
-
-
-def _verdict(difference: Audit) -> str:
-    """What the interval of a difference allows to be said; only `select` knows which direction is better."""
-    if difference["helped"]:
-        return "helped"
-    return "did not help" if difference["low"] <= 0 <= difference["high"] else "hurt"
 
 
 def _interval(score: str, estimate: Audit, sign: str = "") -> str:
