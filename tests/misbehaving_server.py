@@ -225,6 +225,25 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(400, said, "unsupported_value", param="temperature")
         self._ok(prompt)
 
+    def _searches(self, prompt: str) -> None:
+        """Calls `retrieve` once with the question, by a call of the protocol, then answers with what was found."""
+        if self.body["messages"][-1]["role"] == "tool":
+            return self._ok(prompt)
+        function = {"name": "retrieve", "arguments": json.dumps({"query": prompt})}
+        calls = [{"id": "c", "type": "function", "function": function}] if "tools" in self.body else None
+        self._complete(prompt, None, finish_reason="tool_calls", calls=calls)
+
+    def _searches_in_text(self, prompt: str) -> None:
+        """The same without the parameter `tools`, which it refuses."""
+        if "tools" in self.body:
+            return self._refuse(
+                400, "tools is not supported here: leave it out", "unsupported_parameter", param="tools"
+            )
+        if self.body["messages"][-1]["role"] == "tool":
+            return self._ok(prompt)
+        call = json.dumps({"name": "retrieve", "arguments": {"query": prompt}})
+        self._complete(prompt, f"<tool_call>{call}</tool_call>" if "retrieve" in str(self.body) else None)
+
     def _complete(
         self,
         prompt: str,
@@ -232,6 +251,7 @@ class _Handler(BaseHTTPRequestHandler):
         finish_reason: str = "stop",
         usage: Any = "default",
         refusal: str | None = None,
+        calls: list[dict[str, Any]] | None = None,
     ) -> None:
         with self.server.lock:
             self.server.completed[prompt] += 1
@@ -241,6 +261,7 @@ class _Handler(BaseHTTPRequestHandler):
             choice["text"] = content
         else:
             choice["message"] = {"role": "assistant", "content": content, "refusal": refusal}
+            choice["message"] |= {"tool_calls": calls} if calls else {}
         self._send(200, json.dumps({"id": "c", "model": "m-2026", "choices": [choice], "usage": usage}))
 
     def _refuse(

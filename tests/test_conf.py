@@ -210,3 +210,16 @@ def test_lists_without_brackets_arrive() -> None:
 def test_numbers_that_mean_nothing_are_named(override: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command("sft", ["data.path=rows.jsonl", override]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stage", "given", "message"),
+    [
+        ("evaluate", ["data.path=t", "data.limit=0"], r"^data.limit=0: must be at least 1; null reads all rows"),
+        ("sft", ["data.path=t", "data.skip=-1"], r"^data.skip=-1: must not be negative"),
+        ("search", ["queries.path=t", "queries.limit=-3"], r"^queries.limit=-3: must be at least 1"),
+    ],
+)
+def test_numbers_of_rows_are_refused_by_their_key(stage: str, given: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(stage, given)

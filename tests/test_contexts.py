@@ -122,6 +122,20 @@ def test_what_was_found_is_not_searched_again(tmp_path: Path) -> None:
         assert question.prompt[0].content == "\n\n".join([*question.contexts, row.input])
 
 
+def test_questions_that_find_nothing_are_counted_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = examples(4)
+    strange = [row.model_copy(update={"input": "xyzzy?"}) for row in rows[1:3]]
+    with Journal(tmp_path / "j.jsonl", "f") as journal:
+        questions, _, description = pose(
+            ContextKind.retrieved, library(tmp_path), [rows[0], *strange, rows[3]], 1, journal
+        )
+    assert description["nothing_found"] == 2
+    assert [bool(question.contexts) for question in questions] == [True, False, False, True]
+    assert questions[1].prompt[0].content == "xyzzy?"
+    said = f"nothing is found for 2 of 4 questions, which are asked alone; the first: {rows[1].id}"
+    assert [said in each for each in caplog.messages if "contexts=retrieved" in each] == [True]
+
+
 def test_the_description_counts_where_the_statement_was(tmp_path: Path) -> None:
     rows = [*examples(3), QAExample(id="none", instruction="Zurich lies by a lake.", input="Xyz?", output="no")]
     with Journal(tmp_path / "j.jsonl", "f") as journal:
@@ -132,6 +146,7 @@ def test_the_description_counts_where_the_statement_was(tmp_path: Path) -> None:
         "passages": 4,
         "statement_found": 0.75,
         "place_of_statement": {"1": 3, "not there": 1},
+        "nothing_found": 1,
     }
     assert questions[3].contexts == []
     assert questions[3].prompt[0].content == "Xyz?"

@@ -232,6 +232,7 @@ def test_what_cannot_be_measured_is_said_at_once(
 
 def test_questions_are_written_for_other_harnesses(base: ModelConfig, tmp_path: Path) -> None:
     import yaml
+    from jinja2 import Environment
 
     artifact = run(load_config("evaluate", overrides(base, tmp_path, "export=[lm_eval,promptfoo]")))
     task = yaml.safe_load((artifact.folder / "lm_eval/alignkit_held_out.yaml").read_text(encoding="utf-8"))
@@ -243,7 +244,11 @@ def test_questions_are_written_for_other_harnesses(base: ModelConfig, tmp_path: 
     config = yaml.safe_load((artifact.folder / "promptfoo/promptfooconfig.yaml").read_text(encoding="utf-8"))
     tests = artifact.folder / "promptfoo" / config["tests"].removeprefix("file://")
     first = json.loads(tests.read_text(encoding="utf-8").splitlines()[0])
-    assert config["prompts"] == ["{{prompt}}"] and first["vars"] == {"prompt": rows[0]["prompt"]}
+    assert first["vars"] == {"prompt": rows[0]["prompt"]}
+    (template,) = config["prompts"]  # Jinja's tojson is what dump is in promptfoo's templates
+    for prompt in (rows[0]["prompt"], '[1, "two"]', "- role: user"):
+        shown = Environment().from_string(template.replace("dump", "tojson")).render(prompt=prompt)
+        assert json.loads(shown) == [{"role": "user", "content": prompt}]
     assert first["assert"][0] == {"type": "equals", "value": "It is 0.", "metric": "exact_match"}
     assert artifact.metrics["exported"] == {"lm_eval": 6, "promptfoo": 6}
 

@@ -270,7 +270,7 @@ def write_labels(path: Path, labels: Sequence[dict[str, Any]]) -> str:
     return str(path)
 
 
-def test_agreement_with_peoples_grades(tmp_path: Path) -> None:
+def test_agreement_with_peoples_grades(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Ten labels equal to the judge's grade but the last, which is two below; one by its text, three of no use."""
     labels: list[dict[str, Any]] = [{"id": f"q{n}", "system": "new", "grade": n} for n in range(1, 9)]
     labels += [
@@ -281,6 +281,8 @@ def test_agreement_with_peoples_grades(tmp_path: Path) -> None:
     labels.append({"id": "q0", "system": "old", "grade": 1})
     found = agreement(judged_rows(), read_labels(write_labels(tmp_path / "labels.jsonl", labels), ["new", "old"]))
     assert (found["labels"], found["unmatched"], found["without_judgement"]) == (13, 2, 1)
+    assert "2 of 13 are of a question or answer that is not here, and left out; the first: " in caplog.text
+    assert "labels.jsonl:11" in caplog.text and "1 of 13 are not judged" in caplog.text
     grades = found["grades"]
     assert (grades["same"]["mean"], grades["within_one"]["mean"]) == (0.9, 0.9)
     assert grades["judge_minus_person"]["mean"] == pytest.approx(0.2)
@@ -305,10 +307,22 @@ def test_agreement_with_peoples_preferences_in_either_direction(tmp_path: Path) 
     assert preferences["kappa"]["mean"] == pytest.approx((0.8 - by_chance) / (1 - by_chance))
 
 
-def test_where_all_give_one_grade_there_is_agreement_but_no_kappa(tmp_path: Path) -> None:
-    labels = [{"id": f"q{n}", "system": "old", "grade": 5} for n in range(1, 5)]
+@pytest.mark.parametrize(
+    ("system", "grades", "reason"),
+    [
+        ("old", [5, 5, 5, 5], "people say the same of all 4 answers"),
+        ("new", [5, 5, 5, 5], "people say the same of all 4 answers"),
+        ("old", [4, 5, 6, 5], "the judge says the same of all 4 answers"),
+    ],
+)
+def test_where_all_give_one_grade_there_is_agreement_but_no_kappa(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, system: str, grades: list[int], reason: str
+) -> None:
+    labels = [{"id": f"q{n}", "system": system, "grade": grade} for n, grade in enumerate(grades, 1)]
     found = agreement(judged_rows(), read_labels(write_labels(tmp_path / "labels.jsonl", labels), ["new", "old"]))
-    assert found["grades"]["same"]["mean"] == 1 and "kappa" not in found["grades"]
+    assert found["grades"]["same"]["n"] == 4 and "kappa" not in found["grades"]
+    assert found["grades"]["no_kappa"] == reason
+    assert f"no kappa, since {reason}" in caplog.text
     json.dumps(found, allow_nan=False)
 
 

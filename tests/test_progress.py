@@ -18,7 +18,7 @@ def test_a_log_gets_a_line_at_the_start_and_one_at_the_end(caplog: pytest.LogCap
     lines = [record.getMessage() for record in caplog.records]
     assert lines[0] == "asking: 3 to do"
     assert lines[1].startswith("asking: 3 done in ")
-    assert lines[2] == "reading: ? to do"
+    assert lines[2] == "reading: begins"
     assert len(lines) == 4
 
 

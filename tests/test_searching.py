@@ -14,10 +14,10 @@ from alignkit.core.config import ModelConfig, SamplingConfig
 from alignkit.core.journal import Journal
 from alignkit.core.records import Completion, FunctionCall, Message, QAExample, ToolCall, Tools
 from alignkit.data.sources.qa_expert import RETRIEVE
-from alignkit.data.tools import MalformedCallError, call_text, read_calls
+from alignkit.data.tools import MalformedCallError, call_text, read_calls, tools_as_text
 from alignkit.evaluation.answers import Answer, Missing
 from alignkit.evaluation.contexts import Question, ask_openly
-from alignkit.evaluation.multihop import NOTHING, describe_searches, search_and_answer
+from alignkit.evaluation.multihop import NOTHING, TurnsHere, describe_searches, search_and_answer
 from alignkit.retrieval.base import Found, Passage
 from alignkit.retrieval.bm25 import BM25Index
 
@@ -132,7 +132,8 @@ def search(
     rows = [QAExample(id=f"q{n}", instruction="unread", input=text) for n, text in enumerate(questions)]
     model = ModelConfig(name="m", path="p", max_length=max_length)
     with Journal(folder / "turns.jsonl", "f") as journal:
-        return search_and_answer(generator, ask_openly(rows), retriever, 1, hops, model, SAMPLING, 1, journal)  # type: ignore[arg-type]
+        turns = TurnsHere(generator, model, SAMPLING, 1, journal)
+        return search_and_answer(turns, ask_openly(rows), retriever, 1, hops, journal)
 
 
 def test_rows_search_step_by_step_together_in_the_form_of_training(tmp_path: Path) -> None:
@@ -178,6 +179,7 @@ def test_training_and_searching_have_the_same_tokens(tmp_path: Path) -> None:
     assert generator.asked[-1][0] == conversation
     ids = encode_prompt(tokenizer(), conversation, [RETRIEVE])
     assert ids == encode_prompt(tokenizer(), generator.asked[-1][0], generator.tools)
+    assert ids == encode_prompt(tokenizer(), tools_as_text(conversation, [RETRIEVE]))  # what a server is sent
 
 
 @pytest.mark.parametrize(

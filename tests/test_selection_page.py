@@ -124,13 +124,13 @@ def make_comparison() -> dict[str, Any]:
         "differences": [
             {
                 "name": "quality - random",
-                "exact_match": {**estimate(-0.041, 0.016), "helped": False},
-                "judge": {**estimate(-0.1, 0.2), "helped": False},
+                "exact_match": {**estimate(-0.041, 0.016), "helped": False, "p_holm": 0.01},
+                "judge": {**estimate(-0.1, 0.2), "helped": False, "p_holm": 0.01},
             },
             {
                 "name": "mods - random",
-                "exact_match": {**estimate(0.043, 0.017), "helped": True},
-                "judge": {**estimate(0.1, 0.2), "helped": False},
+                "exact_match": {**estimate(0.043, 0.017), "helped": True, "p_holm": 0.01},
+                "judge": {**estimate(0.1, 0.2), "helped": False, "p_holm": 0.01},
             },
         ],
     }

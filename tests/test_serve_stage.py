@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import openai
@@ -183,3 +184,15 @@ def test_what_a_model_wrote_is_neither_markup_nor_steers_the_terminal(terminal: 
     assert "\x1b[2J" not in said
     assert "reward +1.00" in said
     assert ("\x1b" in said) is terminal  # rich's own
+
+
+def test_a_chat_that_is_stopped_does_not_promise_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(config: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr("alignkit.chat.converse", stopped)
+    assert run_command("chat", ["run=r"]) == 130
+    assert capsys.readouterr().err == "interrupted: a conversation is not kept, the same command begins a new one\n"

@@ -115,7 +115,8 @@ def test_the_numbers_of_a_trial_by_hand(tmp_path: Path) -> None:
     assert [each["exact_match"]["mean"] for each in difference["by_seed"]] == [2 / 4, 2 / 4]
     # statement 0 has differences 1 0 1 0, statement 1 has 1 0 1 0: whichever are drawn, the mean is one half
     assert (difference["exact_match"]["low"], difference["exact_match"]["high"]) == (0.5, 0.5)
-    assert difference["exact_match"]["helped"] is True
+    assert difference["exact_match"]["p"] == 0.5  # two statements prove nothing, whatever the interval
+    assert difference["exact_match"]["helped"] is False
     assert set(a["scores"]) == {"exact_match", "token_f1"}
 
 
@@ -156,7 +157,7 @@ def check_comparison(folder: Path, rows: Rows, seeds: list[int]) -> None:
     for each in comparison["differences"]:
         new, old = each["name"].split(" - ")
         assert each["token_f1"]["mean"] == pytest.approx(means[new] - means[old])
-        assert each["token_f1"]["helped"] is (each["token_f1"]["low"] > 0)
+        assert each["token_f1"]["helped"] is (each["token_f1"]["low"] > 0 and each["token_f1"]["p_holm"] <= 0.05)
     page = (folder / "selection.html").read_text(encoding="utf-8")
     assert "Does it pay?" in page
     assert not (folder / "selected.jsonl").exists()

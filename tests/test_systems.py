@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +25,14 @@ from alignkit.evaluate import run
 from alignkit.evaluation.answers import NOT_IN_FILE
 from alignkit.evaluation.leakage import find_leakage
 from alignkit.evaluation.predictions import Prediction, read_predictions
-from alignkit.evaluation.systems import System, SystemKind, adapter_behind, identify
+from alignkit.evaluation.systems import (
+    ServersConfig,
+    System,
+    SystemKind,
+    adapter_behind,
+    check_servers_reachable,
+    identify,
+)
 from alignkit.generation.hf import HFGenerator
 
 NASTY = {
@@ -116,8 +129,6 @@ def test_names_and_keys_are_checked(held_out: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(held_out.parent)
     with pytest.raises(UserError, match=r"servers.api_key_env.gpt: no server among the models"):
         examine(held_out.parent, "models.base=''", "servers.api_key_env.gpt=MY_KEY")
-    with pytest.raises(UserError, match=r"contexts=multihop: the server gpt cannot be asked with tools"):
-        examine(held_out.parent, "models.gpt='http://127.0.0.1:1/v1#m'", "contexts=multihop")
     with pytest.raises(UserError, match=r"passages.documents: not read with contexts=clean"):
         examine(held_out.parent, "models.base=''", "passages.documents=test.jsonl")
 
@@ -231,9 +242,127 @@ def test_a_server_answers_and_what_it_cut_or_refused_is_known(held_out: Path, mo
 def test_a_server_that_does_not_know_the_model(held_out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(held_out.parent)
     with serving(lambda prompt, attempt: "unknown_model") as server:
-        address = f"{server.base_url}#gone"
-        with pytest.raises(UserError, match=rf"models.served={address}: .*no such model"):
-            examine(held_out.parent, f"models.served='{address}'")
+        said = r"models.served gone at .*no such model.* mend the server, models.served or servers.api_key_env.served"
+        with pytest.raises(UserError, match=said):
+            examine(held_out.parent, f"models.served='{server.base_url}#gone'")
+
+
+def test_a_server_that_is_not_there_is_noticed_before_any_work(held_out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not after minutes of retries; and its settings are named, not a teacher's."""
+    monkeypatch.chdir(held_out.parent)
+    began = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(UserError, match=rf"models.gpt=http://127.0.0.1:{port}/v1: no server answers there .*Start it"):
+        examine(held_out.parent, f"models.gpt='http://127.0.0.1:{port}/v1#m'", "models.base=''")
+    with pytest.raises(UserError, match=r"models.gpt=http://host/v1: .*in the clear.* servers.allow_http=true"):
+        examine(held_out.parent, "models.gpt='http://host/v1#m'")
+    with pytest.raises(UserError, match=r"servers.api_key_env.gpt=NOT_SET: .*not set"):
+        examine(held_out.parent, f"models.gpt='http://127.0.0.1:{port}/v1#m'", "servers.api_key_env.gpt=NOT_SET")
+    with pytest.raises(UserError, match=r"servers.concurrency must be at least 1"):
+        examine(held_out.parent, f"models.gpt='http://127.0.0.1:{port}/v1#m'", "servers.concurrency=0")
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "message"),
+    [
+        (503, "{}", r"models.m=.*: the server is not ready \(status 503\)"),
+        (401, "{}", r"models.m=.*: the key was refused \(status 401\). servers.api_key_env.m takes the NAME"),
+    ],
+)
+def test_a_server_that_cannot_answer_yet_stops_it(tmp_path: Path, status: int, body: str, message: str) -> None:
+    with listing(status, body) as url, pytest.raises(UserError, match=message):
+        reach(url, tmp_path)
+
+
+def test_a_model_that_is_not_listed_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """llama.cpp takes any name; other servers have no list at all."""
+    for status, body, warnings in [
+        (200, '{"data": [{"id": "sft"}, {"id": "dpo"}]}', 1),
+        (200, '{"data": [{"id": "gone"}]}', 0),
+        (200, "<html>", 0),
+        (404, "{}", 0),
+    ]:
+        caplog.clear()
+        with listing(status, body) as url:
+            reach(url, tmp_path)
+        assert len(caplog.records) == warnings
+        assert all(
+            "models.m: the server does not list 'gone' among its models: sft, dpo" in each for each in caplog.messages
+        )
+
+
+def reach(url: str, folder: Path) -> None:
+    system = System("m", SystemKind.server, url, "gone")
+    check_servers_reachable([system], ServersConfig(), {"m": folder / "none.sqlite"})
+
+
+@contextmanager
+def listing(status: int, body: str) -> Iterator[str]:
+    """A server that answers every GET with the same."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            assert self.path == "/v1/models"
+            self.send_response(status)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, format: str, *values: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("way", ["searches", "searches_in_text"])
+def test_a_server_searches_for_itself_and_goes_on_without_paying_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """By the parameter `tools`, or where that is refused by the text of the prompt."""
+    monkeypatch.chdir(tmp_path)
+    seats = {"Fikico": "Padera", "Ferro": "Posil", "Bakoco": "Lund"}
+    rows = [
+        {"id": x, "instruction": f"Notes: {x} is in {y}.", "input": f"Where is {x}?", "output": y}
+        for x, y in seats.items()
+    ]
+    write(tmp_path / "test.jsonl", rows)
+    broken = True
+
+    def behaviour(prompt: str, attempt: int) -> str:
+        return "refused" if broken and prompt.startswith("Notes:") else way
+
+    with serving(behaviour) as server:
+        given = [f"models.served='{server.base_url}#m'", "contexts=multihop", "sampling.temperature=[0.2,0.9]"]
+        with pytest.raises(UserError, match="the key was refused"):  # after the first step
+            examine(tmp_path, *given)
+        assert sorted(server.completed) == sorted(row["input"] for row in rows)
+        broken = False
+        artifact = examine(tmp_path, *given)
+        assert set(server.completed.values()) == {1}
+        last = server.bodies[-1]
+    answers = {row.id: row.answers["served"] for row in read_predictions(artifact.folder / "predictions.jsonl")}
+    for row in rows:
+        answer = answers[row["id"]]
+        assert (answer.queries, answer.contexts) == ([row["input"]], [row["instruction"]])
+        assert (answer.text, answer.scores["hops"]) == (f"reply to {row['instruction']}", 1)
+    assert artifact.metrics["searches"]["served"]["searched"] == 1
+    roles = ["user", "assistant", "tool"] if way == "searches" else ["system", "user", "assistant", "tool"]
+    assert [turn["role"] for turn in last["messages"]] == roles
+    if way == "searches":
+        (call,) = last["messages"][1]["tool_calls"]
+        assert json.loads(call["function"]["arguments"])["query"].startswith("Where is")
+        assert last["messages"][2]["tool_call_id"] == call["id"]
+        assert last["tools"][0]["function"]["name"] == "retrieve"
+    else:
+        assert '"name": "retrieve"' in last["messages"][0]["content"]
+        assert last["messages"][2]["content"].startswith("<tool_call>")
 
 
 # -- models on this machine --------------------------------------------------------------------------------------------

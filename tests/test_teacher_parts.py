@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from alignkit.core.config import PricesConfig, Structured, TeacherConfig
 from alignkit.core.records import Message
+from alignkit.data.tools import MalformedCallError, read_calls
 from alignkit.teacher import live
 from alignkit.teacher.client import Request, Usage
 from alignkit.teacher.dialect import Dialect, conforms, first_dialect, strict_schema
@@ -454,3 +455,23 @@ def test_a_terminal_has_one_line_that_changes(
     with live.LiveLine(3, Usage(), PricesConfig()) as line:
         line.update(failed=False)
     assert "1 of 3 answered" in terminal.getvalue() and caplog.records == []
+
+
+def test_calls_of_a_reply_are_read_as_text() -> None:
+    """What is no JSON, or no call at all, stays to be seen by who reads the turn."""
+    functions: list[object] = [
+        {"name": "retrieve", "arguments": '{"query": "Where is Lund?"}'},
+        {"name": "retrieve", "arguments": {"query": "Wo 在哪?"}},
+        {"name": "retrieve", "arguments": '{"query": '},
+        None,
+    ]
+    read: list[object] = []
+    for function in functions:
+        message = {"content": "So.", "tool_calls": [{"id": "c", "type": "function", "function": function}]}
+        reply = read_completion({"choices": [{"message": message, "finish_reason": "tool_calls"}]})
+        assert isinstance(reply, Reply) and reply.text is not None
+        try:
+            read.append([call.function.arguments["query"] for call in read_calls(reply.text)[1]])
+        except MalformedCallError:
+            read.append("malformed")
+    assert read == [["Where is Lund?"], ["Wo 在哪?"], "malformed", "malformed"]

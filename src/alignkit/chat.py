@@ -70,7 +70,18 @@ class ChatConfig(StageConfig):
 
 
 def run(config: ChatConfig) -> Artifact:
-    """Load the base and its adapters, and take turns until the input ends."""
+    """Load the base and its adapters, and take turns until the input ends.
+
+    Raises `KeyboardInterrupt` that says, unlike other stages', that nothing is kept.
+    """
+    try:
+        return converse(config)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("a conversation is not kept, the same command begins a new one") from None
+
+
+def converse(config: ChatConfig) -> Artifact:
+    """The whole conversation, from loading to its end."""
     from alignkit.generation.base import check_sampling
     from alignkit.models.shared_base import SharedBase, choose_models, choose_reward_model
 

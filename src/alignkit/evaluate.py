@@ -140,13 +140,13 @@ class EvaluateConfig(StageConfig):
 def run(config: EvaluateConfig) -> Artifact:
     """Let every system answer every held-out question, grade the answers, and estimate scores and differences."""
     from alignkit.evaluation.agreement import read_labels
-    from alignkit.evaluation.answering import answer_with_systems, grade
+    from alignkit.evaluation.answering import answer_with_systems, grade, store_of
     from alignkit.evaluation.comparison import document_of
     from alignkit.evaluation.harnesses import check_harnesses, export_questions
     from alignkit.evaluation.metrics.catalogue import check_metrics
     from alignkit.evaluation.metrics.measure import score_rows
     from alignkit.evaluation.predictions import compare, scores_to_compare, summarise
-    from alignkit.evaluation.systems import identify
+    from alignkit.evaluation.systems import check_servers_reachable, identify
 
     check_metrics(config.metrics, config.measuring)
     check_harnesses(config.export)
@@ -155,10 +155,11 @@ def run(config: EvaluateConfig) -> Artifact:
     check_config(config, systems)
     if config.pairwise and not comparisons:
         raise UserError("pairwise=true: there is nothing to compare with one system; name another in models")
-    labels = read_labels(config.human_labels, [system.name for system in systems]) if config.human_labels else []
+    labels = read_labels(config.human_labels, [system.name for system in systems]) if config.human_labels else {}
     with Artifact.open("evaluate", config) as artifact:
         if artifact.up_to_date:
             return artifact
+        check_servers_reachable(systems, config.servers, {each.name: store_of(each, artifact) for each in systems})
         examples = read_held_out(config, artifact)
         documents = {example.id: document_of(example, config.cluster_by) for example in examples}
         check_leakage(examples, systems, config, artifact)
@@ -189,7 +190,7 @@ def run(config: EvaluateConfig) -> Artifact:
 
 def check_config(config: EvaluateConfig, systems: Sequence[System]) -> None:
     """Raise `UserError` for settings that make no sense together, before anything is read."""
-    from alignkit.evaluation.systems import SystemKind, check_servers
+    from alignkit.evaluation.systems import check_servers
     from alignkit.generation.base import check_sampling
 
     if config.sampling.n != 1:
@@ -206,12 +207,6 @@ def check_config(config: EvaluateConfig, systems: Sequence[System]) -> None:
         raise UserError("human_labels: people are compared with the judge; set judge=true or pairwise=true")
     config.passages.check()
     check_servers(systems, config.servers)
-    served = [system.name for system in systems if system.kind is SystemKind.server]
-    if config.contexts is ContextKind.multihop and served:
-        raise UserError(
-            f"contexts=multihop: the server {served[0]} cannot be asked with tools yet; leave it out, or let it answer "
-            "elsewhere and name the file of its answers"
-        )
 
 
 def read_held_out(config: EvaluateConfig, artifact: Artifact) -> list[QAExample]:
@@ -342,7 +337,7 @@ def ask_judge(
     rows: list[Prediction],
     comparisons: Sequence[tuple[str, str]],
     systems: Sequence[System],
-    labels: Sequence[HumanLabel],
+    labels: Mapping[str, HumanLabel],
     config: EvaluateConfig,
     artifact: Artifact,
 ) -> list[Prediction]:
@@ -370,8 +365,11 @@ def log_comparisons(comparisons: Sequence[Mapping[str, Any]]) -> None:
 
 
 def headline(models: Mapping[str, dict[str, Any]]) -> str:
-    """Exact match of every model, in a few words."""
-    return "exact match " + ", ".join(f"{name} {each['exact_match']['mean']:.3f}" for name, each in models.items())
+    """Exact match of every model, in a few words; where they answered different numbers of questions, on how many."""
+    scores = {name: each["exact_match"] for name, each in models.items()}
+    uneven = len({each["n"] for each in scores.values()}) > 1
+    said = {name: f" (n {each['n']})" if uneven else "" for name, each in scores.items()}
+    return "exact match " + ", ".join(f"{name} {each['mean']:.3f}{said[name]}" for name, each in scores.items())
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.core.artifact import Artifact, recorded_command
-from alignkit.core.config import StageConfig
+from alignkit.core.config import RowsConfig, StageConfig
 from alignkit.core.errors import UserError
 from alignkit.core.help import help_text, stage_keys
 from alignkit.core.process import DONE, guarded
@@ -207,9 +207,21 @@ def to_dataclass(stage: str, composed: Any) -> Any:
 
     checked = check_keys(stage, composed)
     try:
-        return OmegaConf.to_object(checked)
+        config = OmegaConf.to_object(checked)
     except Exception as error:
         raise explain(stage, error) from error
+    for name, rows in vars(config).items():
+        if isinstance(rows, RowsConfig):
+            check_rows(name, rows)
+    return config
+
+
+def check_rows(key: str, rows: RowsConfig) -> None:
+    """Raise `UserError` for numbers of rows that make no sense, before anything is read."""
+    if rows.skip < 0:
+        raise UserError(f"{key}.skip={rows.skip}: must not be negative; 0 reads from the first row")
+    if rows.limit is not None and rows.limit < 1:
+        raise UserError(f"{key}.limit={rows.limit}: must be at least 1; null reads all rows")
 
 
 def hydra_main(

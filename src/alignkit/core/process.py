@@ -37,9 +37,10 @@ def guarded(name: str, work: Callable[[], int]) -> int:
     try:
         with _command_process(), _first_error_speaks():
             return work()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if is_main():
-            print("interrupted: what is finished is saved, the same command continues", file=sys.stderr)
+            said = str(error) or "what is finished is saved, the same command continues"
+            print(f"interrupted: {said}", file=sys.stderr)
         return INTERRUPTED
     except UserError as error:
         print(f"error: {who}{error}", file=sys.stderr)

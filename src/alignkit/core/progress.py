@@ -22,7 +22,7 @@ def progress(items: Iterable[T], description: str, total: int | None = None) -> 
         yield from track(items, description=description, total=total, transient=True)
         return
     began, count = time.monotonic(), 0
-    LOG.info("%s: %s to do", description, "?" if total is None else total)
+    LOG.info("%s: %s", description, "begins" if total is None else f"{total} to do")
     for item in items:
         yield item
         count += 1

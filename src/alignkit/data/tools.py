@@ -85,7 +85,7 @@ def fit(messages: Sequence[Message], tools: Tools, shown: Shown) -> tuple[list[M
     """The turns and schemas to give to a template so that nothing vanishes, or the reason why something would."""
     fitted, schemas = list(messages), [dict(tool) for tool in tools] or None
     if not shown.calls:
-        fitted = [_with_calls_as_text(message) for message in fitted]
+        fitted = _with_calls_as_text(fitted)
     elif not shown.text_beside_calls and any(each.tool_calls and each.content.strip() for each in fitted):
         return "the chat template leaves out the text beside a tool call"
     elif not shown.several_calls and any(len(each.tool_calls or ()) > 1 for each in fitted):
@@ -97,9 +97,19 @@ def fit(messages: Sequence[Message], tools: Tools, shown: Shown) -> tuple[list[M
     return fitted, schemas
 
 
+def tools_as_text(messages: Sequence[Message], tools: Tools) -> list[Message]:
+    """The turns for who is given nothing but text: calls in the textual form, the schemas in the system turn."""
+    return _with_schemas_as_text(_with_calls_as_text(messages), tools)
+
+
 def call_text(call: ToolCall) -> str:
     """A call in the textual form."""
-    return f"<tool_call>\n{to_json(call.function.model_dump())}\n</tool_call>"
+    return tagged(to_json(call.function.model_dump()))
+
+
+def tagged(body: str) -> str:
+    """The JSON text of a call between the tags of the textual form."""
+    return f"<tool_call>\n{body}\n</tool_call>"
 
 
 def read_calls(text: str) -> tuple[str, list[ToolCall]]:
@@ -146,11 +156,13 @@ def to_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _with_calls_as_text(message: Message) -> Message:
-    if not message.tool_calls:
-        return message
+def _with_calls_as_text(messages: Sequence[Message]) -> list[Message]:
+    return [_with_call_as_text(message) if message.tool_calls else message for message in messages]
+
+
+def _with_call_as_text(message: Message) -> Message:
     said = [message.content] if message.content.strip() else []
-    return Message(role=message.role, content="\n".join([*said, *map(call_text, message.tool_calls)]))
+    return Message(role=message.role, content="\n".join([*said, *map(call_text, message.tool_calls or ())]))
 
 
 def _with_schemas_as_text(messages: list[Message], tools: Tools) -> list[Message]:

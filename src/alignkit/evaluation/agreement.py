@@ -10,7 +10,7 @@ Labels are rows of a file, each of either form:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -61,9 +61,12 @@ class HumanLabel(BaseModel):
         return (self.id, *sorted(self.systems)) if self.systems else (self.id, "", self.system or "", self.text or "")
 
 
-def read_labels(path: str, systems: Sequence[str]) -> list[HumanLabel]:
-    """The labels of a file. Raises `UserError` with `file:line` for one that is none, names no system, or repeats."""
-    labels: list[HumanLabel] = []
+def read_labels(path: str, systems: Sequence[str]) -> dict[str, HumanLabel]:
+    """The labels of a file by their place, `file:line`.
+
+    Raises `UserError` with the place of one that is none, names no system, or repeats.
+    """
+    labels: dict[str, HumanLabel] = {}
     seen: dict[tuple[str, ...], str] = {}
     for place, row in read_rows(path):
         label = to_record(place, row, HumanLabel)
@@ -73,26 +76,27 @@ def read_labels(path: str, systems: Sequence[str]) -> list[HumanLabel]:
         if label.about in seen:
             raise UserError(f"{place}: labels again what {seen[label.about]} labels; keep one of them")
         seen[label.about] = place
-        labels.append(label)
+        labels[place] = label
     return labels
 
 
-def agreement(rows: Sequence[Prediction], labels: Sequence[HumanLabel], seed: int = 0) -> dict[str, Any]:
+def agreement(rows: Sequence[Prediction], labels: Mapping[str, HumanLabel], seed: int = 0) -> dict[str, Any]:
     """Cohen's kappa and plain agreement of the judge with the labels, for grades and for preferences.
 
     Labels of a question or text that was not answered here, and those of an answer that the judge has no word on, are
-    counted and left out. Raises `UserError` when none is left.
+    counted, told and left out. Raises `UserError` when none is left.
     """
     by_id = {row.id: row for row in rows}
     grades: list[tuple[float, float, str]] = []
     preferences: list[tuple[float, float, str]] = []
-    unmatched = unjudged = 0
-    for label in labels:
+    unmatched: list[str] = []
+    unjudged: list[str] = []
+    for place, label in labels.items():
         row = by_id.get(label.id)
         if row is None or not _answered(row, label):
-            unmatched += 1
+            unmatched.append(place)
         elif (said := _judged(row, label)) is None:
-            unjudged += 1
+            unjudged.append(place)
         elif label.grade is not None:
             grades.append((said, label.grade, row.cluster))
         else:  # whichever system a label names first, "first" must mean the same one for kappa
@@ -100,11 +104,16 @@ def agreement(rows: Sequence[Prediction], labels: Sequence[HumanLabel], seed: in
             preferences.append((sign * said, sign * _PLACES[str(label.better)], row.cluster))
     if not grades and not preferences:
         raise UserError(
-            f"human_labels: none of {len(labels)} labels is of an answer that the judge has judged: {unmatched} are "
-            f"of questions or answers that are not here; of {unjudged} the judge has no word (grades need judge=true, "
-            "preferences pairwise=true and that comparison)"
+            f"human_labels: none of {len(labels)} labels is of an answer that the judge has judged: {len(unmatched)} "
+            f"are of questions or answers that are not here; of {len(unjudged)} the judge has no word (grades need "
+            "judge=true, preferences pairwise=true and that comparison)"
         )
-    found: dict[str, Any] = {"labels": len(labels), "unmatched": unmatched, "without_judgement": unjudged}
+    for places, what in ((unmatched, "of a question or answer that is not here"), (unjudged, "not judged")):
+        if places:
+            LOG.warning(
+                "human_labels: %d of %d are %s, and left out; the first: %s", len(places), len(labels), what, places[0]
+            )
+    found: dict[str, Any] = {"labels": len(labels), "unmatched": len(unmatched), "without_judgement": len(unjudged)}
     if grades:
         found["grades"] = _of_grades(grades, seed)
     if preferences:
@@ -113,6 +122,8 @@ def agreement(rows: Sequence[Prediction], labels: Sequence[HumanLabel], seed: in
         if kappa := found.get(what, {}).get("kappa"):
             numbers = (what, kappa["n"], kappa["mean"], kappa["low"], kappa["high"])
             LOG.info("the judge and people on %s of %d answers: kappa %.2f [%.2f, %.2f]", *numbers)
+        elif no_kappa := found.get(what, {}).get("no_kappa"):
+            LOG.warning("the judge and people on %s: no kappa, since %s", what, no_kappa)
     return found
 
 
@@ -144,15 +155,13 @@ def _of_grades(pairs: Pairs, seed: int) -> dict[str, Any]:
         "within_one": proportion([float(abs(each) <= 1) for each in apart], clusters, seed),
         "judge_minus_person": bootstrap_mean(apart, clusters, seed),
     }
-    kappa = _with_interval(weighted_kappa, pairs, seed)
-    return found | ({"kappa": kappa} if kappa else {})
+    return found | _kappa(weighted_kappa, pairs, seed)
 
 
 def _of_preferences(pairs: Pairs, seed: int) -> dict[str, Any]:
     clusters = [cluster for _, _, cluster in pairs]
     found: dict[str, Any] = {"same": proportion([float(a == b) for a, b, _ in pairs], clusters, seed)}
-    kappa = _with_interval(cohen_kappa, pairs, seed)
-    return found | ({"kappa": kappa} if kappa else {})
+    return found | _kappa(cohen_kappa, pairs, seed)
 
 
 # -- kappa -------------------------------------------------------------------------------------------------------------
@@ -175,12 +184,16 @@ def weighted_kappa(one: Floats, other: Floats) -> float:
     return 1 - float(np.mean((one - other) ** 2)) / by_chance if by_chance > 1e-12 else float("nan")
 
 
-def _with_interval(kappa: Callable[[Floats, Floats], float], pairs: Pairs, seed: int) -> Estimate | None:
-    """A kappa with its bootstrap interval over whole clusters; None where it is not defined."""
+def _kappa(kappa: Callable[[Floats, Floats], float], pairs: Pairs, seed: int) -> dict[str, Any]:
+    """`kappa` with its bootstrap interval over whole clusters, or `no_kappa`, why it would say nothing.
+
+    Where one of the two says the same of everything, it is 0 or not defined, whatever the other says.
+    """
     one, other = (np.asarray([pair[side] for pair in pairs], dtype=np.float64) for side in (0, 1))
+    for who, said in (("people say", other), ("the judge says", one)):
+        if len(np.unique(said)) == 1:
+            return {"no_kappa": f"{who} the same of all {len(said)} answers"}
     found = kappa(one, other)
-    if np.isnan(found):
-        return None
     labels = number_groups([cluster for _, _, cluster in pairs])
     members = [np.flatnonzero(labels == place) for place in range(labels.max() + 1)]
     generator = np.random.default_rng(seed)
@@ -189,4 +202,4 @@ def _with_interval(kappa: Callable[[Floats, Floats], float], pairs: Pairs, seed:
         drawn = np.concatenate([members[place] for place in generator.integers(len(members), size=len(members))])
         resampled.append(kappa(one[drawn], other[drawn]))
     low, high = np.nanquantile(resampled, [_TAIL, 1 - _TAIL])
-    return Estimate(mean=found, low=float(low), high=float(high), n=len(pairs))
+    return {"kappa": Estimate(mean=found, low=float(low), high=float(high), n=len(pairs))}

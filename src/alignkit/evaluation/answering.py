@@ -6,21 +6,24 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.core.artifact import Artifact
 from alignkit.core.config import ModelConfig, SamplingConfig, TeacherConfig
 from alignkit.core.errors import UserError
 from alignkit.core.journal import Journal
-from alignkit.core.records import Message, QAExample, Tools
+from alignkit.core.records import Completion, Message, QAExample, Tools
 from alignkit.data.chat import qa_prompt
 from alignkit.data.sources.qa_expert import RETRIEVE
 from alignkit.evaluation.answers import Answer, Missing, Outcomes, read_answers
 from alignkit.evaluation.contexts import Question
-from alignkit.evaluation.systems import ServersConfig, System, SystemKind, open_here, server_config
+from alignkit.evaluation.systems import ServersConfig, System, SystemKind, open_here, server_config, server_keys
 
 if TYPE_CHECKING:
+    from alignkit.evaluation.multihop import Search
     from alignkit.generation.hf import HFGenerator
+    from alignkit.generation.openai import OpenAIGenerator
     from alignkit.retrieval.open import FilteringRetriever
 
 LOG = logging.getLogger("alignkit")
@@ -140,13 +143,13 @@ def _ask_model(
 
 def _generate(generator: HFGenerator, questions: Sequence[Question], setup: Setup, journal: Journal) -> Outcomes:
     """One turn to each question whose prompt the model can take, or a search."""
-    from alignkit.evaluation.multihop import search_and_answer
+    from alignkit.evaluation.multihop import TurnsHere, search_and_answer
     from alignkit.generation.questions import unfit
     from alignkit.generation.resumable import generate_all
 
     if setup.retriever is not None:
-        asked = (setup.k, setup.hops, setup.model, setup.sampling, setup.seed)
-        return search_and_answer(generator, questions, setup.retriever, *asked, journal)
+        turns = TurnsHere(generator, setup.model, setup.sampling, setup.seed, journal)
+        return search_and_answer(turns, questions, setup.retriever, setup.k, setup.hops, journal)
     outcomes: Outcomes = {}
     for question in questions:
         if problem := unfit(generator.tokenizer, question.prompt, setup.model, setup.sampling):
@@ -159,34 +162,61 @@ def _generate(generator: HFGenerator, questions: Sequence[Question], setup: Setu
     return outcomes
 
 
+def store_of(system: System, artifact: Artifact) -> Path:
+    """Where a server's answers lie until the stage is complete."""
+    return artifact.work_folder / "answers" / f"{system.name}.sqlite"
+
+
 def _ask_server(system: System, questions: Sequence[Question], setup: Setup, artifact: Artifact) -> Outcomes:
-    """What a server answers; an answer that it cut counts as it is, what it refused or never sent does not.
+    """What a server answers, in one turn to each question or after a search.
 
     Its response store lies with the unfinished work: a server may have another model under the same name tomorrow.
     """
+    from alignkit.evaluation.multihop import search_and_answer
     from alignkit.generation.openai import OpenAIGenerator
-    from alignkit.teacher.client import open_teacher
+    from alignkit.generation.resumable import chunk_seed
+    from alignkit.teacher.openai_client import OpenAITeacher
+
+    teacher = OpenAITeacher(server_config(system, setup.servers, store_of(system, artifact)), server_keys(system))
+    generator = OpenAIGenerator(teacher, system.name, setup.tools)
+
+    def write(step: int, going: Sequence[Search]) -> dict[str, Completion | Missing]:
+        prompts = [search.messages for search in going]
+        written = _write_turns(generator, prompts, setup.sampling, chunk_seed(setup.seed, step))
+        return {search.id: turn for search, turn in zip(going, written, strict=True)}
+
+    outcomes: Outcomes = {}
+    if setup.retriever is not None:
+        with Journal(artifact.work_folder / "turns" / f"{system.name}.jsonl", artifact.fingerprint) as journal:
+            outcomes = search_and_answer(write, questions, setup.retriever, setup.k, setup.hops, journal)
+    else:
+        turns = _write_turns(generator, [question.prompt for question in questions], setup.sampling, setup.seed)
+        for question, turn in zip(questions, turns, strict=True):
+            if isinstance(turn, Completion):
+                outcomes[question.id] = Answer(turn.text, turn.finished, question.contexts)
+            else:
+                outcomes[question.id] = turn
+    artifact.metrics.setdefault("servers", {})[system.name] = asdict(teacher.usage)
+    return outcomes
+
+
+def _write_turns(
+    generator: OpenAIGenerator, prompts: Sequence[list[Message]], sampling: SamplingConfig, seed: int
+) -> list[Completion | Missing]:
+    """A server's turn to each prompt: one that it cut counts as it is, what it refused or never sent does not."""
     from alignkit.teacher.wire import CUT
 
-    store = artifact.work_folder / "answers" / f"{system.name}.sqlite"
-    try:
-        teacher = open_teacher(server_config(system, setup.servers, store))
-        generator = OpenAIGenerator(teacher, system.name)
-        written = generator.generate([question.prompt for question in questions], setup.sampling, setup.seed)
-    except UserError as error:
-        raise UserError(f"models.{system.name}={system.source}#{system.served_as}: {error}") from error
-    artifact.metrics.setdefault("servers", {})[system.name] = asdict(teacher.usage)
-    outcomes: Outcomes = {}
-    for question, completions in zip(questions, written, strict=True):
+    written = generator.generate(prompts, sampling, seed)
+    failures = dict(generator.failures)
+    turns: list[Completion | Missing] = []
+    for position, completions in enumerate(written):
         if completions:
-            outcomes[question.id] = Answer(completions[0].text, contexts=question.contexts)
-    for position, failure in generator.failures:
-        question = questions[position]
-        if failure.reason == CUT and failure.text is not None:
-            outcomes[question.id] = Answer(failure.text, finished=False, contexts=question.contexts)
+            turns.append(completions[0])
+        elif (failure := failures[position]).reason == CUT and failure.text is not None:
+            turns.append(Completion(text=failure.text, model=generator.label, finished=False))
         else:
-            outcomes[question.id] = Missing(str(failure.reason), failure.detail)
-    return outcomes
+            turns.append(Missing(str(failure.reason), failure.detail))
+    return turns
 
 
 def _read_file(system: System, questions: Sequence[Question]) -> Outcomes:

@@ -27,6 +27,9 @@ ALPHA, POWER = 0.05, 0.80
 """Two-sided level, and the chance to find what is there, of the minimum detectable difference."""
 FEW_CLUSTERS = 10
 """Of fewer clusters neither bootstrap nor t quantiles keep what they promise (Cameron, Gelbach & Miller, 2008)."""
+HELPED, HURT, NO_HELP = "helped", "hurt", "did not help"
+NOT_SHOWN, NOT_COMPARED = "was not shown to help", "not compared"
+"""Verdicts. Not shown: the interval lies above zero, but p, adjusted for several scores, does not bear it out."""
 DOCUMENT = "document"
 """What questions are clustered by, unless told otherwise."""
 FLIPS = 10_000
@@ -214,6 +217,20 @@ def _totals(differences: Sequence[float], clusters: Sequence[str]) -> tuple[Floa
     counts: Floats = np.bincount(labels).astype(np.float64)
     totals = np.bincount(labels, weights=np.asarray(differences, dtype=np.float64))
     return np.asarray(totals, dtype=np.float64), counts
+
+
+def verdict(difference: Difference | None) -> str:
+    """What may be said of a difference: that the new system helped or hurt only where interval and p agree.
+
+    The interval, which excludes zero, and the p-value, at most 5 % after Holm's adjustment over the scores of the
+    comparison, are of two methods; near the border one may pass without the other.
+    """
+    if difference is None:
+        return NOT_COMPARED
+    significant = difference["p_holm"] <= ALPHA
+    if difference["low"] > 0:
+        return HELPED if significant else NOT_SHOWN
+    return HURT if difference["high"] < 0 and significant else NO_HELP
 
 
 # -- in words ----------------------------------------------------------------------------------------------------------

@@ -172,7 +172,14 @@ def pose(
         return ask_openly(examples), retriever, {"kind": kind.name, "passages": len(retriever)}
     with closing(retriever):
         questions = ask_retrieved(examples, retriever, config.found_at_once(kind), journal)
-        return questions, None, describe_contexts(kind, questions, len(retriever))
+        description = describe_contexts(kind, questions, len(retriever))
+    alone = [question.id for question in questions if not question.contexts]
+    if alone:
+        LOG.warning(
+            "contexts=retrieved: nothing is found for %d of %d questions, which are asked alone; the first: %s",
+            len(alone), len(questions), alone[0],
+        )  # fmt: skip
+    return questions, None, description | {"nothing_found": len(alone)}
 
 
 def ask_clean(examples: Sequence[QAExample]) -> list[Question]:

@@ -31,8 +31,9 @@ _LM_EVAL_HELP = f"""\
 #     --model_args model=<name>,base_url=http://127.0.0.1:8000/v1/chat/completions
 """
 _PROMPTFOO_HELP = """\
-# For promptfoo, in this folder: npx promptfoo@latest eval
+# For promptfoo (Node.js 22.22 or newer), in this folder: npx promptfoo@0.123.1 eval --no-cache
 # Say below which model answers, and put its key into the environment as OPENAI_API_KEY (any word for a server without).
+# PROMPTFOO_DISABLE_TELEMETRY=1 keeps it from reporting to its makers.
 """
 
 
@@ -87,12 +88,12 @@ def write_lm_eval(folder: Path, examples: Sequence[QAExample], max_new_tokens: i
 def write_promptfoo(folder: Path, examples: Sequence[QAExample], max_new_tokens: int) -> int:
     """promptfooconfig.yaml and tests.jsonl; returns how many questions are in it.
 
-    An answer passes when it is the reference; ROUGE-1 is told beside it. Left out are questions in whose text
-    promptfoo would see a template.
+    An answer passes when it is the reference; ROUGE-1 is told beside it. The prompt is a list of messages, since a text
+    that is JSON itself would be taken for one. Left out are questions in whose text promptfoo would see a template.
     """
     config = {
         "description": f"{len(examples)} held-out questions",
-        "prompts": ["{{prompt}}"],
+        "prompts": ['[{"role": "user", "content": {{ prompt | dump }} }]'],
         "providers": [
             {
                 "id": "openai:chat:<model>",

@@ -8,7 +8,7 @@ same step together, so that a step is one pass of generation and one of retrieva
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from statistics import mean
@@ -57,6 +57,10 @@ class Search:
         return Answer(completion.text, completion.finished, self.contexts, self.queries, scores)
 
 
+WriteTurns = Callable[[int, Sequence[Search]], Mapping[str, Completion | Missing]]
+"""From the number of a step and the searches that go on to their next turns by row id, or why there is none."""
+
+
 @dataclass(frozen=True)
 class Turn:
     """A turn to be generated."""
@@ -65,38 +69,54 @@ class Turn:
     prompt: list[Message]
 
 
+@dataclass(frozen=True)
+class TurnsHere:
+    """Turns of a model on this machine. The journal holds each; one that would outgrow `model.max_length` has none."""
+
+    generator: ToolUser
+    model: ModelConfig
+    sampling: SamplingConfig
+    seed: int
+    journal: Journal
+
+    def __call__(self, step: int, going: Sequence[Search]) -> dict[str, Completion | Missing]:
+        """The next turn of every search."""
+        self.generator.tools = [RETRIEVE]
+        found: dict[str, Completion | Missing] = {}
+        for search in going:
+            if problem := unfit(self.generator.tokenizer, search.messages, self.model, self.sampling, [RETRIEVE]):
+                found[search.id] = Missing(*problem)
+        turns = [Turn(f"{step}:{each.id}", list(each.messages)) for each in going if each.id not in found]
+        written = generate_all(self.generator, turns, self.sampling, chunk_seed(self.seed, step), self.journal)
+        return found | {each.id: written[f"{step}:{each.id}"][0] for each in going if each.id not in found}
+
+
 def search_and_answer(
-    generator: ToolUser,
+    write: WriteTurns,
     questions: Sequence[Question],
     retriever: Retriever,
     k: int,
     hops: int,
-    model: ModelConfig,
-    sampling: SamplingConfig,
-    seed: int,
     journal: Journal,
 ) -> dict[str, Answer | Missing]:
-    """Answers by row id, each after at most `hops` searches for `k` passages.
+    """Answers by row id, each after at most `hops` searches for `k` passages, or why there is none.
 
-    A conversation that outgrows `model.max_length` has no answer, but a reason. The journal holds every turn and what
-    every search found, so that a killed search goes on with the same passages.
+    The journal holds what every search found, so that a killed search goes on with the same passages.
     """
-    generator.tools = [RETRIEVE]
     going = [Search(question.id, list(question.prompt)) for question in questions]
     outcome: dict[str, Answer | Missing] = {}
     for step in count():
+        written = write(step, going)
         for search in going:
-            if problem := unfit(generator.tokenizer, search.messages, model, sampling, generator.tools):
-                outcome[search.id] = Missing(f"{'after a search: ' * bool(step)}{problem[0]}", problem[1])
-        turns = [Turn(f"{step}:{each.id}", list(each.messages)) for each in going if each.id not in outcome]
-        written = generate_all(generator, turns, sampling, chunk_seed(seed, step), journal)
-        for search in going:
-            if search.id not in outcome:
-                turn = read_turn(search, written[f"{step}:{search.id}"][0], hops)
-                if isinstance(turn, Answer):
-                    outcome[search.id] = turn
-                else:
-                    search.messages.append(turn)
+            said = written[search.id]
+            if isinstance(said, Missing):
+                outcome[search.id] = Missing(f"{'after a search: ' * bool(step)}{said.reason}", said.detail)
+                continue
+            turn = read_turn(search, said, hops)
+            if isinstance(turn, Answer):
+                outcome[search.id] = turn
+            else:
+                search.messages.append(turn)
         going = [search for search in going if search.id not in outcome]
         if not going:
             return outcome

@@ -13,6 +13,7 @@ from alignkit.core.config import RowsConfig
 from alignkit.core.records import QAExample
 from alignkit.core.steps import Step, connect, describe, execute, hand_over, make_step_in, settings
 from alignkit.data.jsonl import read_records
+from alignkit.evaluation.comparison import HELPED, verdict
 from alignkit.evaluation.predictions import SCORES, Prediction, compare, summarise
 
 LOG = logging.getLogger("alignkit")
@@ -104,7 +105,7 @@ def _difference(
     pooled: Sequence[Prediction], by_seed: Sequence[Sequence[Prediction]], new: str, old: str
 ) -> dict[str, Any]:
     found = compare(pooled, new, old)
-    scores = {score: found[score] | {"helped": found[score]["low"] > 0} for score in SCORES if score in found}
+    scores = {score: found[score] | {"helped": verdict(found[score]) == HELPED} for score in SCORES if score in found}
     each = [{score: compare(rows, new, old)[score] for score in scores} for rows in by_seed]
     return {"name": f"{new} - {old}", **scores, "by_seed": each}
 

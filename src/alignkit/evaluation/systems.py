@@ -26,6 +26,7 @@ from alignkit.core.names import check_names
 
 if TYPE_CHECKING:
     from alignkit.generation.hf import HFGenerator
+    from alignkit.teacher.address import Keys
 
 ANSWER_FILES = (".jsonl", ".json", ".parquet", ".arrow")
 
@@ -199,6 +200,35 @@ def _open_gguf(system: System, model: ModelConfig) -> HFGenerator:
     if tokenizer.pad_token is None:  # what stands there is masked
         tokenizer.pad_token = tokenizer.eos_token
     return HFGenerator(weights, tokenizer, system.name)
+
+
+def server_keys(system: System) -> Keys:
+    """What messages about a server among the systems call it and its settings."""
+    from alignkit.teacher.address import Keys
+
+    return Keys(
+        who=f"models.{system.name}",
+        model=f"models.{system.name}",
+        base_url=f"models.{system.name}",
+        api_key_env=f"servers.api_key_env.{system.name}",
+        allow_http="servers.allow_http",
+        concurrency="servers.concurrency",
+        timeout_seconds="servers.timeout_seconds",
+        ask_again="force=true",
+    )
+
+
+def check_servers_reachable(systems: Sequence[System], servers: ServersConfig, stores: Mapping[str, Path]) -> None:
+    """Ask every server once whether it is there, before anything else is done. Raises `UserError` where one is not.
+
+    A server that was asked before the run was interrupted, so that its response store exists, is not asked here: it may
+    have answered everything, and be gone since.
+    """
+    from alignkit.teacher.reach import check_reachable
+
+    for system in systems:
+        if system.kind is SystemKind.server and not stores[system.name].exists():
+            check_reachable(server_config(system, servers, stores[system.name]), server_keys(system))
 
 
 def server_config(system: System, servers: ServersConfig, store: Path) -> TeacherConfig:

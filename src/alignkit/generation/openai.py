@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from random import Random
 
 from alignkit.core.config import SamplingConfig
-from alignkit.core.records import Completion, Message
+from alignkit.core.records import Completion, Message, Tools
 from alignkit.generation.base import check_sampling
 from alignkit.teacher.client import Answer, Request, Teacher
 
@@ -19,11 +19,13 @@ class OpenAIGenerator:
 
     A temperature is drawn for each completion; top_p stays the server's own. A prompt has fewer than `sampling.n`
     completions where the teacher gave no usable answer: `failures` holds the position of the prompt and the answer.
+    `tools` are the functions that every prompt offers.
     """
 
-    def __init__(self, teacher: Teacher, label: str) -> None:
+    def __init__(self, teacher: Teacher, label: str, tools: Tools | None = None) -> None:
         self.teacher = teacher
         self.label = label
+        self.tools = tools
         self.failures: list[tuple[int, Answer]] = []
         self.tokens_written = 0
         """Of this process: none, what the server wrote is in the teacher's usage."""
@@ -39,6 +41,7 @@ class OpenAIGenerator:
                 sample=seed * SAMPLES_A_SEED + sample,
                 temperature=round(Random(f"{seed}-{position}-{sample}").uniform(*sampling.temperature), 3),
                 max_tokens=sampling.max_new_tokens,
+                tools=self.tools,
             )
             for position, prompt in enumerate(prompts)
             for sample in range(sampling.n)

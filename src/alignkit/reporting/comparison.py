@@ -8,9 +8,10 @@ from typing import Any
 
 from alignkit.core.config import StageConfig
 from alignkit.core.sweep import JOB_FILE
+from alignkit.evaluation.comparison import HELPED, HURT, NO_HELP, NOT_COMPARED, NOT_SHOWN, verdict
 from alignkit.evaluation.predictions import Prediction, compare
 from alignkit.reporting import measures
-from alignkit.reporting.held_out import HeldOut, Roles, read_held_out, verdict
+from alignkit.reporting.held_out import HeldOut, Roles, read_held_out
 from alignkit.reporting.markdown import table
 from alignkit.reporting.page import environment
 from alignkit.reporting.plain import code
@@ -19,7 +20,13 @@ from alignkit.reporting.summary import FORMAT
 from alignkit.reporting.templating import style
 
 _INCIDENTAL = (*StageConfig.incidental, "seed", "inputs")
-_WORDS = {"helped": "better", "hurt": "worse", "did not help": "no difference", "not compared": "not compared"}
+_WORDS = {
+    HELPED: "better",
+    HURT: "worse",
+    NO_HELP: "no difference",
+    NOT_SHOWN: "not shown to be better",
+    NOT_COMPARED: NOT_COMPARED,
+}
 """What a verdict about a stage is called between runs."""
 NO_STEP, NO_KEY = "no such step", "not set"
 
@@ -78,7 +85,10 @@ def markdown(found: dict[str, Any]) -> str:
             [
                 code(system["title"]),
                 code(measures.title(score)),
-                *(measures.interval(score, each[score]) if score in each else "–" for each in system["by_run"]),
+                *(
+                    measures.interval(score, each[score], with_n=_uneven(system, score)) if score in each else "–"
+                    for each in system["by_run"]
+                ),
             ]
             for system in found["systems"]
             for score in found["scores"]
@@ -90,8 +100,8 @@ def markdown(found: dict[str, Any]) -> str:
                 code(each["run"]),
                 code(each["title"]),
                 code(measures.title(name)),
-                measures.interval(name, value, sign=True),
-                _WORDS[verdict(value)],
+                measures.interval(name, value, sign=True, with_n=value["n"] != each["questions"]),
+                _WORDS[verdict(each[name])],
             ]
             for each in found["differences"]
             for name, value in each.items()
@@ -103,6 +113,11 @@ def markdown(found: dict[str, Any]) -> str:
     rows = [[code(each["step"]), code(each["key"]), *map(code, each["values"])] for each in found["settings"]]
     parts.append("## Settings that differ\n\n" + (table(["Step", "Key", *labels], rows) if rows else "None.\n"))
     return "\n".join(parts)
+
+
+def _uneven(system: Mapping[str, Any], score: str) -> bool:
+    """Whether the runs have a score of a model on different numbers of questions."""
+    return len({each[score]["n"] for each in system["by_run"] if score in each}) > 1
 
 
 def _label(run: Run) -> str:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from alignkit.evaluation.comparison import verdict
 from alignkit.evaluation.predictions import TAGS, Prediction, compare, read_predictions
 from alignkit.evaluation.statistics import Estimate, bootstrap_together
-from alignkit.reporting.measures import FULL_MARKS, estimated
+from alignkit.reporting.measures import FULL_MARKS, estimated, rows_behind
 from alignkit.reporting.runs import Run, Step
 
 MOST_VALUES = 40
@@ -62,7 +63,7 @@ class Gain:
 
     @property
     def verdict(self) -> str:
-        """What the pooled interval of the deciding score allows to be said."""
+        """What interval and p of the deciding score, over all seeds together, allow to be said."""
         return verdict(self.pooled.get(self.score))
 
     @property
@@ -142,6 +143,25 @@ class HeldOut:
     def by_seed(self, model: str, score: str) -> list[Estimate | None]:
         """A model's score for each seed; None where that seed's evaluation does not have it."""
         return [metrics["models"].get(model, {}).get(score) for metrics in self.metrics]
+
+    def rows_behind(self, score: str) -> int | bool:
+        """What the table of scores has to say of the rows behind one of them: see `measures.rows_behind`."""
+        found = [each for model in self.models for each in self.by_seed(model, score)]
+        return rows_behind(found, len(self.predictions[0]))
+
+    def pairs_behind(self, score: str) -> int | bool:
+        """The same of the table of gains, over all seeds together."""
+        return rows_behind([gain.pooled.get(score) for gain in self.gains], sum(map(len, self.predictions)))
+
+    @property
+    def uneven(self) -> bool:
+        """Whether some models have a score on other questions than others."""
+        return any(self.rows_behind(score) is True for score in self.scores)
+
+    @property
+    def uneven_pairs(self) -> bool:
+        """Whether some gains in a score stand on other questions than others."""
+        return any(self.pairs_behind(score) is True for score in self.differences)
 
     def pooled(self, model: str, score: str) -> Estimate | None:
         """A model's score over all seeds together, with a bootstrap interval over statements; of one seed, its own."""
@@ -272,15 +292,6 @@ def _with_kept(
         for row in predictions
     ]
     return metrics | more, rows
-
-
-def verdict(estimate: Estimate | None) -> str:
-    """What the interval of a difference allows to be said."""
-    if estimate is None:
-        return "not compared"
-    if estimate["low"] > 0:
-        return "helped"
-    return "hurt" if estimate["high"] < 0 else "did not help"
 
 
 def in_turn(rows: Sequence[Prediction], group: Callable[[Prediction], str] | None = None) -> list[Prediction]:

@@ -11,6 +11,8 @@ from alignkit.reporting.templating import count, duration, gibibytes
 
 Table = Iterable[Sequence[str]]
 
+INTERSECTION = "n: questions that both have the score of; two models are compared on no others.\n"
+
 
 def render_markdown(report: dict[str, Any]) -> str:
     """report.md from what `summary.summarise_run` says. Empty sections are left out."""
@@ -55,20 +57,23 @@ def _gains(report: dict[str, Any]) -> str:
     scores = list(
         dict.fromkeys(n for each in compared for n, v in each["all_seeds"].items() if measures.is_estimate(v))
     )
+    if not compared:
+        return ""
+    questions = report["questions"] * len(report["seeds"])
+    behind = {
+        score: measures.rows_behind((each["all_seeds"].get(score) for each in compared), questions) for score in scores
+    }
     rows = [
         [
             code(each["title"]),
-            *(_interval(score, each["all_seeds"].get(score), sign=True) for score in scores),
+            *(_interval(score, each["all_seeds"].get(score), behind[score] is True, sign=True) for score in scores),
             each["role"],
             each["verdict"],
         ]
         for each in compared
     ]
-    return (
-        table(["Comparison", *(code(measures.title(score)) for score in scores), "It is", "So it"], rows)
-        if rows
-        else ""
-    )
+    header = ["Comparison", *(code(measures.heading(score, behind[score])) for score in scores), "It is", "So it"]
+    return table(header, rows) + ("\n" + INTERSECTION if any(each is True for each in behind.values()) else "")
 
 
 def _scores(report: dict[str, Any]) -> str:
@@ -76,11 +81,18 @@ def _scores(report: dict[str, Any]) -> str:
     if not models:
         return ""
     scores = list(models[0]["scores"])
+    behind = {
+        score: measures.rows_behind((e for each in models for e in each["scores"][score]), report["questions"])
+        for score in scores
+    }
     rows = [
-        [code(each["title"]), *(" / ".join(_interval(s, e) for e in each["scores"][s]) for s in scores)]
+        [
+            code(each["title"]),
+            *(" / ".join(_interval(s, e, behind[s] is True) for e in each["scores"][s]) for s in scores),
+        ]
         for each in models
     ]
-    return table(["Model", *(code(measures.title(score)) for score in scores)], rows)
+    return table(["Model", *(code(measures.heading(score, behind[score])) for score in scores)], rows)
 
 
 def _steps(report: dict[str, Any]) -> str:
@@ -125,5 +137,5 @@ def _reproduce(report: dict[str, Any]) -> str:
     return f"{commands}\n\n{facts}\n"
 
 
-def _interval(score: str, estimate: Any, *, sign: bool = False) -> str:
-    return measures.interval(score, estimate, sign=sign) if estimate else "–"
+def _interval(score: str, estimate: Any, with_n: bool, *, sign: bool = False) -> str:
+    return measures.interval(score, estimate, sign=sign, with_n=with_n) if estimate else "–"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from alignkit.evaluation.statistics import Estimate
@@ -56,10 +56,27 @@ def figure(score: str, value: float, *, sign: bool = False, of: Estimate | None 
     return text.replace("-", MINUS)
 
 
-def interval(score: str, estimate: Estimate, *, sign: bool = False) -> str:
-    """A mean with its interval: "63.7 [60.4, 67.0]"."""
+def interval(score: str, estimate: Estimate, *, sign: bool = False, with_n: bool = False) -> str:
+    """A mean with its interval, and, if it is wanted, the rows behind it: "63.7 [60.4, 67.0] (n 800)"."""
     mean, low, high = (figure(score, estimate[key], sign=sign, of=estimate) for key in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+    return f"{mean} [{low}, {high}]" + (f" (n {estimate['n']:,})" if with_n else "")
+
+
+def rows_behind(estimates: Iterable[Estimate | None], questions: int) -> int | bool:
+    """What a table has to say of the rows behind the scores of one column.
+
+    False: nothing, all stand on all questions. A number: all stand on so many, which the heading says. True: they stand
+    on different rows, and each cell says on how many.
+    """
+    found = {each["n"] for each in estimates if each}
+    if len(found) > 1:
+        return True
+    return False if found <= {questions} else found.pop()
+
+
+def heading(score: str, behind: int | bool) -> str:
+    """What a column is called, with the rows behind it where `rows_behind` says so."""
+    return title(score) if isinstance(behind, bool) else f"{title(score)} (n {behind:,})"
 
 
 def unit(score: str, estimate: Estimate | None = None) -> str:

@@ -65,6 +65,8 @@ def environment() -> Environment:
         "interval": measures.interval,
         "unit": measures.unit,
         "p_value": measures.p_value,
+        "heading": measures.heading,
+        "rows_behind": measures.rows_behind,
     }
     return opened
 
@@ -85,6 +87,8 @@ def headline(held_out: HeldOut) -> dict[str, Any]:
         "from": _said(score, before),
         "to": _said(score, after),
         "gain": measures.interval(score, difference, sign=True) if difference else None,
+        "contains_zero": difference is not None and difference["low"] <= 0 <= difference["high"],
+        "p_value": difference.get("p_holm") if difference else None,
         "verdict": gain.verdict if gain else None,
     }
 

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from alignkit.core.errors import UserError
+from alignkit.evaluation.comparison import HELPED, verdict
 from alignkit.reporting import measures
 from alignkit.reporting.figures import NARROW, WIDE, Interval, intervals
 from alignkit.reporting.plain import one_line
@@ -298,7 +299,7 @@ def _comparison(found: Audit) -> dict[str, Any]:
     differences = [
         {
             "name": one_line(each["name"], 80).replace(" - ", f" {MINUS} "),
-            "cells": [(measures.interval(name, each[name], sign=True), _verdict(each[name])) for name in names],
+             "cells": [(measures.interval(name, each[name], sign=True), verdict(each[name])) for name in names],
         }
         for each in found["differences"]
     ]
@@ -310,12 +311,5 @@ def _comparison(found: Audit) -> dict[str, Any]:
         "first": measures.title(names[0])[0].lower() + measures.title(names[0])[1:],
         "strategies": strategies,
         "differences": differences,
-        "helped": [line["name"] for line in differences if line["cells"][0][1] == "helped"],
+        "helped": [line["name"] for line in differences if line["cells"][0][1] == HELPED],
     }
-
-
-def _verdict(difference: Audit) -> str:
-    """What the interval of a difference allows to be said; only `select` knows which direction is better."""
-    if difference["helped"]:
-        return "helped"
-    return "did not help" if difference["low"] <= 0 <= difference["high"] else "hurt"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,6 +17,23 @@ NO_KEY = "none"
 """What a server that asks for no key is sent: the package insists on one."""
 
 
+@dataclass(frozen=True)
+class Keys:
+    """What a server is called in messages, and the settings that they name; by default a teacher's."""
+
+    who: str = "teacher"
+    model: str = "teacher.model"
+    base_url: str = "teacher.base_url"
+    api_key_env: str = "teacher.api_key_env"
+    allow_http: str = "teacher.allow_http"
+    concurrency: str = "teacher.concurrency"
+    timeout_seconds: str = "teacher.timeout_seconds"
+    ask_again: str = "teacher.retry_failed=true"
+
+
+TEACHER = Keys()
+
+
 def server_url(config: TeacherConfig) -> str:
     """The server's base URL as it stands in store keys, unchecked; `checked_url` says whether it may be used."""
     return (config.base_url or DEFAULT_BASE_URL).rstrip("/")
@@ -26,18 +44,18 @@ def server_host(config: TeacherConfig) -> str:
     return urlsplit(server_url(config)).netloc
 
 
-def checked_url(config: TeacherConfig) -> str:
+def checked_url(config: TeacherConfig, keys: Keys = TEACHER) -> str:
     """The server's base URL. Raises `UserError` where it holds a secret, or would send the key in the clear."""
     url = server_url(config)
     parts = urlsplit(url)
     if parts.username or parts.password or parts.query:
-        raise UserError("teacher.base_url must hold no user, password or query: the key comes from teacher.api_key_env")
+        raise UserError(f"{keys.base_url} must hold no user, password or query: the key comes from {keys.api_key_env}")
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"teacher.base_url={url}: not a URL; write it like https://host/v1")
+        raise UserError(f"{keys.base_url}={url}: not a URL; write it like https://host/v1")
     if parts.scheme == "http" and not is_loopback(parts.hostname) and not config.allow_http:
         raise UserError(
-            f"teacher.base_url={url}: key and documents would cross the network in the clear. Use https, or allow it "
-            "with teacher.allow_http=true"
+            f"{keys.base_url}={url}: key and documents would cross the network in the clear. Use https, or allow it "
+            f"with {keys.allow_http}=true"
         )
     return url
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel
 
 from alignkit.core.config import TeacherConfig, TeacherMode
-from alignkit.core.records import Message
+from alignkit.core.records import Message, Tools
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Request:
     max_tokens: int | None = None
     shape: type[BaseModel] | None = None
     """The JSON object that is wanted; None: plain text."""
+    tools: Tools | None = None
+    """Functions that the answer may call; a call comes as text (`data.tools.call_text`)."""
     check: Callable[[Any], str | None] | None = None
     """What is wrong with an answer that can be read (an instance of `shape`, or the text); None when nothing is."""
 

@@ -22,6 +22,8 @@ LADDER = (Structured.json_schema, Structured.json_object, Structured.text)
 """From the strictest way to hold a server to JSON down to the words of the prompt alone."""
 FEWEST_IGNORED = 3
 """So many replies that do not conform, and more than those that do, show that a server ignores what it accepts."""
+_NO_TOOLS = (400, 422, 500, 501)
+"""How servers refuse tools; llama.cpp without `--jinja` says 500."""
 _ABOUT_FORMAT = ("response_format", "json_schema", "json_object", "schema", "grammar")
 
 
@@ -34,6 +36,8 @@ class Dialect:
     """The parameter's name; newer models of OpenAI refuse it and want `max_completion_tokens`."""
     temperature: bool = True
     """Whether it may be given; reasoning models have one of their own."""
+    tools: bool = True
+    """Whether functions may be given as a parameter; else they are written into the prompt."""
     fixed: bool = False
     """Whether `structured` stands in the configuration, and is not to be changed."""
     conforming: int = 0
@@ -43,8 +47,8 @@ class Dialect:
 
     def dump(self) -> str:
         """As JSON, to be remembered."""
-        kept = {"structured": self.structured.value, "max_tokens": self.max_tokens, "temperature": self.temperature}
-        return json.dumps(kept)
+        kept = ("max_tokens", "temperature", "tools")
+        return json.dumps({"structured": self.structured.value} | {name: getattr(self, name) for name in kept})
 
     def correct(self, body: Mapping[str, Any], failure: Failure) -> str | None:
         """Learn from the refusal of a parameter: what has changed, or None.
@@ -52,6 +56,9 @@ class Dialect:
         A body that was under way while another taught the same is only to be written anew.
         """
         said = f"{failure.parameter} {failure.detail}"
+        if "tools" in body and failure.status in _NO_TOOLS and "tool" in said:
+            self.tools = False
+            return "takes no tools, so they are written into the prompt"
         if failure.status not in (400, 422):
             return None
         if "max_tokens" in body and "max_completion_tokens" in said:
@@ -100,7 +107,7 @@ def first_dialect(config: TeacherConfig, remembered: str | None = None) -> Diale
     dialect = Dialect()
     if remembered:
         known = json.loads(remembered)
-        dialect = Dialect(Structured(known["structured"]), known["max_tokens"], known["temperature"])
+        dialect = Dialect(**{**known, "structured": Structured(known["structured"])})
     if config.api is TeacherApi.completions:
         dialect.structured, dialect.fixed = Structured.text, True
     elif config.structured is not Structured.auto:

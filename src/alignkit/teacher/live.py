@@ -24,8 +24,8 @@ SECONDS_BETWEEN_CHANGES = 0.2
 class LiveLine:
     """Shows the state of one `ask`. Use as a context manager; `update` is cheap and may be called at every answer."""
 
-    def __init__(self, total: int, usage: Usage, prices: PricesConfig) -> None:
-        self.total = total
+    def __init__(self, total: int, usage: Usage, prices: PricesConfig, who: str = "teacher") -> None:
+        self.total, self.who = total, who
         self.usage, self.prices = usage, prices
         self.done = self.failed = 0
         self.repeated = 0
@@ -68,7 +68,7 @@ class LiveLine:
         rate = self.done / seconds if seconds > 0 else 0.0
         left = f"{_clock((self.total - self.done) / rate)} left" if rate else "time left unknown"
         return (
-            f"teacher: {self.done:,} of {self.total:,} answered, {rate:.1f}/s, {self.failed:,} failed, "
+            f"{self.who}: {self.done:,} of {self.total:,} answered, {rate:.1f}/s, {self.failed:,} failed, "
             f"{self.repeated:,} attempts repeated, cost {show_cost(self.usage.paid_now, self.prices)}, {left}"
         )
 

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from alignkit.core.config import Structured, TeacherConfig
 from alignkit.core.errors import UserError
-from alignkit.teacher.address import checked_url, is_loopback, read_key, server_host, without_key
+from alignkit.teacher.address import TEACHER, Keys, checked_url, is_loopback, read_key, server_host, without_key
 from alignkit.teacher.call import Call
 from alignkit.teacher.client import Answer, OnAnswer, Request
 from alignkit.teacher.dialect import Dialect, conforms, first_dialect
@@ -57,16 +57,19 @@ ones before the first reply for a mistake in the configuration: fatal."""
 class OpenAITeacher:
     """Asks a server; keeps every reply in the response store and consults it first.
 
-    Raises `UserError` for a missing key, an unsafe URL, numbers that make no sense, and any fatal failure.
+    Raises `UserError` for a missing key, an unsafe URL, numbers that make no sense, and any fatal failure; `keys` are
+    the settings that it names.
     """
 
-    def __init__(self, config: TeacherConfig, *, attempts: int = 6, first_delay_seconds: float = 0.5) -> None:
-        check_config(config)
-        self.config = config
+    def __init__(
+        self, config: TeacherConfig, keys: Keys = TEACHER, *, attempts: int = 6, first_delay_seconds: float = 0.5
+    ) -> None:
+        check_config(config, keys)
+        self.config, self.keys = config, keys
         self.attempts = attempts
         self.first_delay_seconds = first_delay_seconds
-        self.base_url = checked_url(config)
-        self.key = read_key(config.api_key_env)
+        self.base_url = checked_url(config, keys)
+        self.key = read_key(config.api_key_env, keys.api_key_env)
         self.ledger = Ledger(config)
         self.usage = self.ledger.usage
         self.limits = Limits(config.concurrency, config.requests_per_minute, config.tokens_per_minute)
@@ -74,7 +77,7 @@ class OpenAITeacher:
         """Whether there was any reply."""
         self.in_vain = 0
         """Requests in a row that got none."""
-        LOG.info("teacher: %s at %s", config.model, server_host(config))
+        LOG.info("%s: %s at %s", keys.who, config.model, server_host(config))
 
     def ask(self, requests: Sequence[Request], on_answer: OnAnswer | None = None) -> list[Answer]:
         """Answer every request, from the store where it was answered before; equal requests are sent once."""
@@ -108,7 +111,9 @@ class _Asking:
             elif (call := self._wait_for(position, outcome)) is not None:
                 calls.append(call)
         if calls:
-            self.line = LiveLine(len(self.requests) - len(self.answers), self.ledger.usage, self.config.prices)
+            self.line = LiveLine(
+                len(self.requests) - len(self.answers), self.ledger.usage, self.config.prices, self.teacher.keys.who
+            )
             with self.line:
                 asyncio.run(self._send_all(calls))
         return [self.answers[position] for position in range(len(self.requests))]
@@ -234,7 +239,7 @@ class _Asking:
             self.teacher.in_vain += failure.reason == REFUSED
             if self.teacher.in_vain >= OUTAGE_REQUESTS and not self.teacher.answered:
                 raise self._fatal(
-                    f"every request is refused ({failure.detail}); ask again with teacher.retry_failed=true"
+                    f"every request is refused ({failure.detail}); ask again with {self.teacher.keys.ask_again}"
                 )
             return None
         return self._retry(call, failure)
@@ -269,23 +274,24 @@ class _Asking:
         if change is None or (dialect := self.dialect.dump()) == self.store.get_dialect(self.server):
             return
         self.store.put_dialect(self.server, dialect)
-        LOG.info("teacher: %s %s", self.config.model, change)
+        LOG.info("%s: %s %s", self.teacher.keys.who, self.config.model, change)
 
     def _fatal(self, what: str) -> UserError:
-        where = f"teacher {self.config.model} at {server_host(self.config)}"
-        key = self.config.api_key_env or "(none)"
+        keys = self.teacher.keys
+        where = f"{keys.who} {self.config.model} at {server_host(self.config)}"
+        mend = ", ".join(dict.fromkeys(["the server", keys.model, keys.base_url]))
+        key = f"the key in {self.config.api_key_env}" if self.config.api_key_env else keys.api_key_env
         return UserError(
-            f"{where}: {what}. Nothing is lost: mend teacher.model, teacher.base_url or the key in {key}, and the same "
-            "command goes on from here."
+            f"{where}: {what}. Nothing is lost: mend {mend} or {key}, and the same command goes on from here."
         )
 
 
-def check_config(config: TeacherConfig) -> None:
+def check_config(config: TeacherConfig, keys: Keys = TEACHER) -> None:
     """Raise `UserError` for numbers that make no sense."""
-    if config.concurrency < 1 or config.timeout_seconds <= 0 or config.max_tokens < 1:
-        raise UserError(
-            "teacher.concurrency and teacher.max_tokens must be at least 1, and teacher.timeout_seconds more than 0"
-        )
+    if config.concurrency < 1 or config.timeout_seconds <= 0:
+        raise UserError(f"{keys.concurrency} must be at least 1, and {keys.timeout_seconds} more than 0")
+    if config.max_tokens < 1:
+        raise UserError(f"teacher.max_tokens={config.max_tokens}: must be at least 1")
     for key in ("requests_per_minute", "tokens_per_minute", "max_cost"):
         value = getattr(config, key)
         if value is not None and not value > 0:

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from alignkit.core.config import Structured, TeacherApi, TeacherConfig
 from alignkit.core.hashing import hash_text
 from alignkit.core.records import Message
+from alignkit.data.tools import tagged, to_json, tools_as_text
 from alignkit.teacher.address import server_url
 from alignkit.teacher.client import Request
 from alignkit.teacher.dialect import Dialect, response_format, strict_schema
@@ -31,18 +32,19 @@ _ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
 
 
 def request_parts(config: TeacherConfig, request: Request) -> dict[str, Any]:
-    """Everything that decides the reply to a request: host, model, messages, sampling, sample index, schema."""
+    """Everything that decides the reply to a request: host, model, messages, tools, sampling, sample index, schema."""
     temperature = config.temperature if request.temperature is None else request.temperature
-    return {
+    parts = {
         "host": server_url(config),
         "api": config.api.value,
         "model": config.model,
-        "messages": [{"role": message.role, "content": clean(message.content)} for message in request.messages],
+        "messages": [_message(message) for message in request.messages],
         "temperature": temperature,
         "max_tokens": config.max_tokens if request.max_tokens is None else request.max_tokens,
         "sample": request.sample,
         "schema": None if request.shape is None else schema_name(request.shape),
     }
+    return parts | ({"tools": request.tools} if request.tools else {})
 
 
 def store_key(parts: Mapping[str, Any]) -> str:
@@ -57,8 +59,12 @@ def request_body(
     body: dict[str, Any] = {"model": parts["model"]}
     if parts["api"] == TeacherApi.completions.value:
         body |= {"prompt": prompt_text(request.messages), "stop": [f"\n{_ROLES['user']}:"]}
+    elif request.tools and not dialect.tools:
+        body["messages"] = [_message(message) for message in tools_as_text(request.messages, request.tools)]
     else:
         body["messages"] = parts["messages"]
+        if request.tools:
+            body["tools"] = request.tools
     body[dialect.max_tokens] = parts["max_tokens"]
     if dialect.temperature:
         body["temperature"] = parts["temperature"]
@@ -96,6 +102,8 @@ def read_completion(payload: Any) -> Reply | Failure:
         reason = FILTERED
     elif finish == "length":
         reason = CUT
+    if isinstance(calls := message.get("tool_calls"), list) and calls:
+        text = "\n".join([*([text] if isinstance(text, str) and text.strip() else []), *map(_call_text, calls)])
     text = clean(text) if isinstance(text, str) else None
     if text is not None and len(text) > LONGEST_REPLY_CHARACTERS:
         reason, detail = "answer far too long", f"{len(text)} characters"
@@ -111,6 +119,29 @@ def read_completion(payload: Any) -> Reply | Failure:
         reason=reason,
         detail=clean(detail),
     )
+
+
+def _message(message: Message) -> dict[str, Any]:
+    """A turn in the protocol's form, where the arguments of a call are JSON text."""
+    turn: dict[str, Any] = {"role": message.role, "content": clean(message.content)}
+    turn |= {name: value for name in ("name", "tool_call_id") if (value := getattr(message, name)) is not None}
+    if message.tool_calls:
+        calls = [call.model_dump() for call in message.tool_calls]
+        turn["tool_calls"] = [
+            {**call, "function": {**call["function"], "arguments": clean(to_json(call["function"]["arguments"]))}}
+            for call in calls
+        ]
+    return turn
+
+
+def _call_text(call: Any) -> str:
+    """A call of a reply in the textual form. Arguments that are not JSON stay as they are, for the reader to see."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        return tagged(to_json(call))
+    arguments = function.get("arguments")
+    arguments = arguments if isinstance(arguments, str) else to_json(arguments)
+    return tagged(f'{{"name": {to_json(function.get("name"))}, "arguments": {arguments or "{}"}}}')
 
 
 def clean(text: str) -> str:
