@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
-from alignkit.core.app import accept_leading_plus, bracket_lists, load_config, run_command, split_flags
+from alignkit.core import app
+from alignkit.core.app import accept_leading_plus, bracket_lists, load_config, run_command, split_flags, to_dataclass
 from alignkit.core.config import StageConfig
 from alignkit.core.errors import UserError
 from alignkit.core.help import stage_keys
@@ -27,16 +29,11 @@ COMMAND = re.compile(r"(?:-m alignkit\.|^\W*alignkit )(\w+)(?: ([^#]*?))?(?:\s+#
 
 def compose(stage: str, *overrides: str) -> StageConfig:
     """The configuration of a stage, with a value made up for every key that has none."""
-    given = list(overrides)
-    while True:
-        try:
-            config: StageConfig = load_config(stage, given)
-            return config
-        except UserError as error:
-            missing = re.match(r"(\S+) has no value", str(error))
-            if missing is None or len(given) > len(overrides) + 10:
-                raise
-            given.append(f"{missing[1]}=made_up")
+    composed = app.compose(stage, bracket_lists(stage, overrides))
+    for key in OmegaConf.missing_keys(composed):
+        OmegaConf.update(composed, key, "made_up")
+    config: StageConfig = to_dataclass(stage, composed)
+    return config
 
 
 def with_field(name: str) -> list[str]:

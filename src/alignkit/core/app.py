@@ -13,6 +13,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,7 @@ def compose(stage: str, overrides: Sequence[str] = ()) -> Any:
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
-    _register(stage)
+    _schema(stage, config_class(stage))
     state = GlobalHydra.instance()
     outer, state.hydra = state.hydra, None  # the caller may itself be a Hydra application
     try:
@@ -220,7 +221,7 @@ def hydra_main(
 
     quiet = ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.run.dir=."]
     folders = [f"hydra.sweep.dir={sweep_dir or '.'}", "hydra.sweep.subdir=."]
-    _register(stage)
+    _schema(stage, config_class(stage))
     saved, sys.argv = sys.argv, ["alignkit", *arguments, *quiet, *folders]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise errors instead of printing them and leaving
     try:
@@ -247,18 +248,23 @@ def check_keys(stage: str, composed: Any) -> Any:
     from omegaconf import OmegaConf
 
     try:
-        return OmegaConf.merge(OmegaConf.structured(config_class(stage)), OmegaConf.to_container(composed))
+        return OmegaConf.merge(_schema(stage, config_class(stage)), OmegaConf.to_container(composed))
     except Exception as error:
         raise explain(stage, error) from error
 
 
-def _register(stage: str) -> None:
-    """Tell Hydra the stage's schema, and what `${recipe:seeds.jsonl}` means: a file of dataset_optimization/."""
+@cache
+def _schema(stage: str, schema: type[StageConfig]) -> Any:
+    """The stage's dataclass with OmegaConf's types, made once. Not to be changed: `merge` copies it.
+
+    Making it also tells Hydra of it, and of what `${recipe:seeds.jsonl}` means: a file of dataset_optimization/.
+    """
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
-    ConfigStore.instance().store(name=f"{stage}_schema", node=config_class(stage))
+    ConfigStore.instance().store(name=f"{stage}_schema", node=schema)
     OmegaConf.register_new_resolver("recipe", recipe_file, replace=True)
+    return OmegaConf.structured(schema)
 
 
 def _plain(composed: Any) -> dict[str, Any]:
