@@ -29,10 +29,16 @@ for account in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "HF_TOKEN"):
     os.environ.pop(account, None)
 
 
+def pytest_configure() -> None:
+    """Collect no garbage while modules are imported, nothing of which is any."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
-    """Leave what collecting has imported out of every garbage collection; each training asks for a full one."""
+    """Leave what has been imported out of every later collection; each training asks for a full one."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -169,7 +169,7 @@ def test_bad_settings_are_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @needs_data
-@pytest.mark.parametrize(("file", "rows"), [("hotpotqa/dev-distractor-350.jsonl", 80), ("mods/example.json", 80)])
+@pytest.mark.parametrize(("file", "rows"), [("hotpotqa/dev-distractor-350.jsonl", 20), ("mods/example.json", 20)])
 def test_real_rows_with_the_real_tokenizer_of_qwen_7b(
     file: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

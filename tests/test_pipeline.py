@@ -49,19 +49,21 @@ def test_a_step_needs_the_steps_whose_files_it_reads() -> None:
     assert found["demo/dpo"] == {"demo/preference_pairs", "demo/sft_best"}
 
 
+REPLICATED = ("pipeline=smoke", "run=r", "seed=3", "replicates=[4,7]")
+
+
 def test_replicates_read_their_own_files_and_the_report_waits_for_all() -> None:
-    given = ("pipeline=smoke", "run=r", "seed=3", "replicates=[5]")
-    found = needs(*given)
-    assert found["r-seed5/sft"] == {"r-seed5/select"}
-    assert found["r-seed5/rejection_sampling"] == {f"r-seed5/{name}" for name in ("questions", "sft", "reward")}
-    assert "r-seed5/report" not in found
+    found = needs(*REPLICATED)
+    assert found["r-seed4/sft"] == {"r-seed4/select"}
+    assert found["r-seed4/rejection_sampling"] == {f"r-seed4/{name}" for name in ("questions", "sft", "reward")}
+    assert "r-seed4/report" not in found
     assert found["r/report"] == set(found) - {"r/report"}
-    seeds = {step.label: step.config.seed for step in steps_of(*given)}
-    assert (seeds["r/sft"], seeds["r-seed5/sft"]) == (3, 5)
+    seeds = {step.label: step.config.seed for step in steps_of(*REPLICATED)}
+    assert (seeds["r/sft"], seeds["r-seed4/sft"], seeds["r-seed7/sft"]) == (3, 4, 7)
 
 
 def test_the_report_shows_exactly_the_replicates() -> None:
-    steps = {step.label: step.config for step in steps_of("pipeline=smoke", "run=r", "replicates=[4,7]")}
+    steps = {step.label: step.config for step in steps_of(*REPLICATED)}
     assert steps["r/report"].replicates == ["runs/r-seed4", "runs/r-seed7"]  # type: ignore[attr-defined]
     alone = steps_of("pipeline=demo", "replicates=[]")[-1]
     assert alone.config.replicates == []  # type: ignore[attr-defined]
