@@ -116,7 +116,7 @@ def test_all_commands_end_alike_in_both_processes(both: Ended) -> None:
     assert both.codes[1][:2] == [0, 0]
 
 
-@pytest.mark.slow  # two processes import torch once more; what two do otherwise than one is the same code for all stages
+@pytest.mark.slow  # torch is imported twice more, and what two processes do otherwise is the same code for all stages
 def test_the_other_stages_end_alike_in_both_processes(others: Ended) -> None:
     assert others.codes == [[0] * (3 if RETRIEVAL else 2)] * 2
 
