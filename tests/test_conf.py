@@ -204,6 +204,12 @@ def test_lists_need_no_brackets(given: list[str], written: list[str]) -> None:
     assert bracket_lists("select", given) == written
 
 
+def test_hydras_own_files_change_nothing_and_may_be_named() -> None:
+    """They are left out of a composition, unless an override is about one of them."""
+    given = ["data.path=rows.jsonl", "model=qwen7b"]
+    assert load_config("sft", given) == load_config("sft", [*given, "hydra/job_logging=none"])
+
+
 def test_lists_without_brackets_arrive() -> None:
     given = ["compare=random,mods", "also=my rows.jsonl", "held_out=runs/a-b_c.jsonl,x.jsonl"]
     config: Any = load_config("select", given)

@@ -41,6 +41,11 @@ LOG = logging.getLogger("alignkit")
 
 _FLAGS_WITH_VALUE = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--shell-completion", "-sc")
 _HYDRA_FLAGS = (*_FLAGS_WITH_VALUE, "--resolve", "--hydra-help", "-m", "--multirun")
+_WITHOUT_HYDRAS_OWN = tuple(
+    f"~hydra/{group}"
+    for group in ("output", "launcher", "sweeper", "help", "hydra_help", "hydra_logging", "job_logging")
+)
+"""What says how Hydra runs a program: half the files of a composition, none of which is in its result."""
 _SECRET_VALUE = re.compile(
     r"(?<![A-Za-z0-9])(sk-(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{8,}|hf_(?=[A-Za-z]*\d)[A-Za-z0-9]{8,})|://[^/@]*:[^/@]*@"
 )
@@ -195,7 +200,8 @@ def compose(stage: str, overrides: Sequence[str] = ()) -> Any:
     outer, state.hydra = state.hydra, None  # the caller may itself be a Hydra application
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-            return hydra.compose(config_name=stage, overrides=accept_leading_plus(stage, overrides))
+            own = () if any("hydra/" in override for override in overrides) else _WITHOUT_HYDRAS_OWN
+            return hydra.compose(config_name=stage, overrides=[*accept_leading_plus(stage, overrides), *own])
     except Exception as error:
         raise explain(stage, error) from error
     finally:
