@@ -15,10 +15,10 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 STAMP := $(VENV)/.installed-$(shell (pwd; cat pyproject.toml constraints.txt) | cksum | cut -d ' ' -f 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint docs bench clean
+.PHONY: help install demo test test-all lint docs bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
 install: $(STAMP) ## make .venv and install the pinned versions into it, once
 
@@ -40,6 +40,9 @@ demo: install ## the whole pipeline on the embedded model: offline, no GPU; ends
 
 test: install ## the default tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 $(ARGS)
+
+test-all: install ## the default tests and the slow ones
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 -m "not gpu" $(ARGS)
 
 lint: install ## ruff, ruff format and mypy --strict; changes nothing
 	$(RUN) -m ruff check .

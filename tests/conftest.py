@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,18 @@ os.environ.update(
 # A developer's own account must be out of reach of a test that forgets to name its server.
 for account in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "HF_TOKEN"):
     os.environ.pop(account, None)
+
+
+def pytest_configure() -> None:
+    """Collect no garbage while modules are imported, nothing of which is any."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Leave what has been imported out of every later collection; each training asks for a full one."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

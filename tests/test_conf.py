@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
-from alignkit.core.app import accept_leading_plus, bracket_lists, load_config, run_command, split_flags
+from alignkit.core import app
+from alignkit.core.app import accept_leading_plus, bracket_lists, load_config, run_command, split_flags, to_dataclass
 from alignkit.core.config import StageConfig
-from alignkit.core.errors import UserError
 from alignkit.core.help import stage_keys
 from alignkit.core.stages import conf_dir, config_class, default_groups, group_options, stage_module, stages
 from alignkit.core.sweep import plan
@@ -27,21 +28,31 @@ COMMAND = re.compile(r"(?:-m alignkit\.|^\W*alignkit )(\w+)(?: ([^#]*?))?(?:\s+#
 
 def compose(stage: str, *overrides: str) -> StageConfig:
     """The configuration of a stage, with a value made up for every key that has none."""
-    given = list(overrides)
-    while True:
-        try:
-            config: StageConfig = load_config(stage, given)
-            return config
-        except UserError as error:
-            missing = re.match(r"(\S+) has no value", str(error))
-            if missing is None or len(given) > len(overrides) + 10:
-                raise
-            given.append(f"{missing[1]}=made_up")
+    composed = app.compose(stage, bracket_lists(stage, overrides))
+    for key in OmegaConf.missing_keys(composed):
+        OmegaConf.update(composed, key, "made_up")
+    config: StageConfig = to_dataclass(stage, composed)
+    return config
 
 
 def with_field(name: str) -> list[str]:
     """The stages whose configuration has this field."""
     return [stage for stage in stages() if name in config_class(stage).__dataclass_fields__]
+
+
+def crossed(rows: list[str], columns: list[str]) -> list[Any]:
+    """Every pair as a case of a test: by default as many as give each row and each column its turn, the others slow."""
+    cases = []
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            turn = j == i % len(columns) or i == j % len(rows)
+            cases.append(pytest.param(row, column, marks=[] if turn else [pytest.mark.slow]))
+    return cases
+
+
+def a_few_stages(*named: str) -> list[Any]:
+    """Every stage as a case of a test: those named by default, the others, which do the same, slow."""
+    return [pytest.param(stage, marks=[] if stage in named else [pytest.mark.slow]) for stage in stages()]
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
@@ -71,7 +82,8 @@ def test_every_file_composes(file: Path) -> None:
         fields = set(yaml.safe_load((CONF / file).read_text(encoding="utf-8")))
         users = [stage for stage in stages() if fields <= config_class(stage).__dataclass_fields__.keys()]
     assert users, f"no stage uses {file}"
-    for stage in users[:1] if group in ("model", "hardware") else users:  # for these, every stage has its turn below
+    in_pairs = ("model", "hardware", "teacher")  # below
+    for stage in users[:1] if group in in_pairs else users:
         compose(stage, f"{group}={file.stem}")
 
 
@@ -87,9 +99,15 @@ def test_every_file_starts_with_commands_that_run_it(file: Path) -> None:
         check_command(stage, arguments)
 
 
-@pytest.mark.parametrize("stage", with_field("model"))
-@pytest.mark.parametrize("model", MODELS)
-def test_every_stage_takes_every_model(stage: str, model: str) -> None:
+@pytest.mark.parametrize(("teacher", "stage"), crossed(group_options("teacher"), with_field("teacher")))
+def test_every_stage_takes_every_teacher(teacher: str, stage: str) -> None:
+    config: Any = compose(stage, f"teacher={teacher}")
+    content = yaml.safe_load((CONF / f"teacher/{teacher}.yaml").read_text(encoding="utf-8"))
+    assert config.teacher.mode.value == content["mode"]
+
+
+@pytest.mark.parametrize(("model", "stage"), crossed(MODELS, with_field("model")))
+def test_every_stage_takes_every_model(model: str, stage: str) -> None:
     assert accept_leading_plus(stage, [f"+model={model}"]) == [f"model={model}"]
     config: Any = compose(stage, f"model={model}")
     content = yaml.safe_load((CONF / f"model/{model}.yaml").read_text(encoding="utf-8"))
@@ -99,9 +117,8 @@ def test_every_stage_takes_every_model(stage: str, model: str) -> None:
     assert config.model.eos_token != config.model.pad_token
 
 
-@pytest.mark.parametrize("stage", with_field("train"))
-@pytest.mark.parametrize("hardware", group_options("hardware"))
-def test_hardware_decides_how_every_training_stage_trains(stage: str, hardware: str) -> None:
+@pytest.mark.parametrize(("hardware", "stage"), crossed(group_options("hardware"), with_field("train")))
+def test_hardware_decides_how_every_training_stage_trains(hardware: str, stage: str) -> None:
     assert "hardware" in default_groups(stage), f"conf/{stage}.yaml: add `hardware: null` after `_self_`"
     config: Any = compose(stage, f"hardware={hardware}")
     content = yaml.safe_load((CONF / f"hardware/{hardware}.yaml").read_text(encoding="utf-8"))["train"]
@@ -152,20 +169,21 @@ def test_the_overrides_that_help_recommends_exist(stage: str) -> None:
         assert name in known | nested or any(name.startswith(f"{key}.") for key in known), name
 
 
-def test_help_and_configuration_of_every_stage_import_nothing_heavy() -> None:
+@pytest.mark.parametrize("stage", a_few_stages("pipeline", "select", "sft"))
+def test_help_and_configuration_import_nothing_heavy(stage: str) -> None:
     program = """
 import contextlib, io, sys
-from alignkit.core.app import run_command, stages
-for stage in stages():
-    for arguments in (["--help"], ["--cfg", "job"], ["+no_such_key=1"]):
-        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-            code = run_command(stage, arguments)
-        assert code == (2 if arguments == ["+no_such_key=1"] else 0), (stage, arguments, err.getvalue())
-        assert out.getvalue() or code
+from alignkit.core.app import run_command
+stage = sys.argv[1]
+for arguments in (["--help"], ["--cfg", "job"], ["+no_such_key=1"]):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = run_command(stage, arguments)
+    assert code == (2 if arguments == ["+no_such_key=1"] else 0), (arguments, err.getvalue())
+    assert out.getvalue() or code
 heavy = "torch transformers trl peft datasets accelerate bitsandbytes matplotlib".split()
 print(*[name for name in heavy if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", program, stage], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "\n"
 
@@ -184,6 +202,12 @@ print(*[name for name in heavy if name in sys.modules])
 )
 def test_lists_need_no_brackets(given: list[str], written: list[str]) -> None:
     assert bracket_lists("select", given) == written
+
+
+def test_hydras_own_files_change_nothing_and_may_be_named() -> None:
+    """They are left out of a composition, unless an override is about one of them."""
+    given = ["data.path=rows.jsonl", "model=qwen7b"]
+    assert load_config("sft", given) == load_config("sft", [*given, "hydra/job_logging=none"])
 
 
 def test_lists_without_brackets_arrive() -> None:

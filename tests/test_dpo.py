@@ -53,8 +53,10 @@ def test_the_first_loss_against_the_sft_adapter_is_ln_2(config: DPOConfig) -> No
     assert reference.detail.startswith("sft_adapter: loss 0.6931472 (ln 2 = 0.6931472)")
 
 
-@pytest.mark.parametrize("rank", [4, 8])
-@pytest.mark.parametrize("kind", ["base", "path"])
+@pytest.mark.parametrize(
+    ("kind", "rank"),  # the rank is that of the other adapter, which the base has none of
+    [("base", 4), ("path", 4), ("path", 8)],
+)
 def test_another_reference_is_the_one_that_is_named(config: DPOConfig, tmp_path: Path, kind: str, rank: int) -> None:
     """The check passes, and the first loss is what the definition gives with that reference."""
     other = write_adapter(config.model, tmp_path / "other", seed=2, rank=rank)
@@ -68,8 +70,20 @@ def test_another_reference_is_the_one_that_is_named(config: DPOConfig, tmp_path:
     assert "reference" in {check.name for check in artifact.checks if check.passed}
 
 
-@pytest.mark.parametrize("quantization", Quantization)
-@pytest.mark.parametrize("kind", ["sft_adapter", "base", "path"])
+@pytest.mark.parametrize(
+    (
+        "kind",
+        "quantization",
+    ),  # each reference and each kind of base in its turn; the other pairs add nothing of their own
+    [
+        ("sft_adapter", Quantization.nf4),
+        ("base", Quantization.none),
+        ("path", Quantization.none),
+        pytest.param("sft_adapter", Quantization.none, marks=pytest.mark.slow),
+        pytest.param("base", Quantization.nf4, marks=pytest.mark.slow),
+        pytest.param("path", Quantization.nf4, marks=pytest.mark.slow),
+    ],
+)
 def test_a_dora_policy_has_the_reference_that_is_named(
     config: DPOConfig, tmp_path: Path, kind: str, quantization: Quantization
 ) -> None:
@@ -175,7 +189,10 @@ def test_training_raises_chosen_over_rejected_and_saves_the_policy_alone(config:
     assert change["chosen"] > change["rejected"]
 
 
-@pytest.mark.parametrize("reference", ["sft_adapter", "base", "path"])
+@pytest.mark.parametrize(
+    "reference",  # the log-probabilities of all are stored alike: one of them by default
+    ["sft_adapter", pytest.param("base", marks=pytest.mark.slow), pytest.param("path", marks=pytest.mark.slow)],
+)
 def test_an_interrupted_run_continues_to_the_same_bytes(
     config: DPOConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: str
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 from alignkit.models.loading import embedded_model_dir
@@ -19,6 +20,7 @@ def test_the_weights_are_small_and_safe() -> None:
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja", ".md"}
 
 
+@pytest.mark.slow  # the weights change only with their recipe, which the tests below hold to them
 def test_the_card_says_what_the_gate_prints() -> None:
     """Each figure of the card's table, measured again (a tenth of the questions may fall otherwise on another CPU)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -329,7 +329,7 @@ def serving(delay: Callable[[], None]) -> Iterator[TeacherServer]:
         thread.join()
 
 
-@pytest.mark.parametrize("shape", list(Shape))
+@pytest.mark.parametrize("shape", [Shape.qa, pytest.param(Shape.task, marks=pytest.mark.slow)])  # of one store
 def test_killed_over_http_nothing_is_paid_twice(
     shape: Shape, seeds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

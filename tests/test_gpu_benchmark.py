@@ -25,6 +25,7 @@ def script() -> Any:
     return module
 
 
+@pytest.mark.slow  # trains three times; its cases are those below
 def test_the_smoke_run_measures_every_stage(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main(["--cpu-smoke", "--output", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*-cpu.json")

@@ -169,7 +169,13 @@ def test_bad_settings_are_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @needs_data
-@pytest.mark.parametrize(("file", "rows"), [("hotpotqa/dev-distractor-350.jsonl", 80), ("mods/example.json", 80)])
+@pytest.mark.parametrize(
+    ("file", "rows"),
+    [
+        ("hotpotqa/dev-distractor-350.jsonl", 80),
+        pytest.param("mods/example.json", 80, marks=pytest.mark.slow),  # loads the tokenizer twice more
+    ],
+)
 def test_real_rows_with_the_real_tokenizer_of_qwen_7b(
     file: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ FAST = ["only=[expand,select,questions]"]
 """Steps without torch."""
 
 
+@cache
 def steps_of(*overrides: str) -> list[Step]:
-    """The steps of a pipeline without rounds."""
+    """The steps of a pipeline without rounds, composed once for all tests, which change nothing of them."""
     (steps,) = plan(load_config("pipeline", list(overrides)))
     return steps
 
@@ -47,20 +49,23 @@ def test_a_step_needs_the_steps_whose_files_it_reads() -> None:
     assert found["demo/dpo"] == {"demo/preference_pairs", "demo/sft_best"}
 
 
+REPLICATED = ("pipeline=smoke", "run=r", "seed=3", "replicates=[4,7]")
+
+
 def test_replicates_read_their_own_files_and_the_report_waits_for_all() -> None:
-    found = needs("pipeline=demo", "run=r", "seed=3", "replicates=[5]")
-    assert found["r-seed5/sft"] == {"r-seed5/select"}
-    assert found["r-seed5/preference_pairs"] == {f"r-seed5/{name}" for name in ("questions", "sft_best", "reward")}
-    assert "r-seed5/report" not in found
+    found = needs(*REPLICATED)
+    assert found["r-seed4/sft"] == {"r-seed4/select"}
+    assert found["r-seed4/rejection_sampling"] == {f"r-seed4/{name}" for name in ("questions", "sft", "reward")}
+    assert "r-seed4/report" not in found
     assert found["r/report"] == set(found) - {"r/report"}
-    seeds = {step.label: step.config.seed for step in steps_of("run=r", "seed=3", "replicates=[5]")}
-    assert (seeds["r/sft"], seeds["r-seed5/sft"]) == (3, 5)
+    seeds = {step.label: step.config.seed for step in steps_of(*REPLICATED)}
+    assert (seeds["r/sft"], seeds["r-seed4/sft"], seeds["r-seed7/sft"]) == (3, 4, 7)
 
 
 def test_the_report_shows_exactly_the_replicates() -> None:
-    steps = {step.label: step.config for step in steps_of("run=r", "replicates=[4,7]")}
+    steps = {step.label: step.config for step in steps_of(*REPLICATED)}
     assert steps["r/report"].replicates == ["runs/r-seed4", "runs/r-seed7"]  # type: ignore[attr-defined]
-    alone = steps_of("run=r", "replicates=[]")[-1]
+    alone = steps_of("pipeline=demo", "replicates=[]")[-1]
     assert alone.config.replicates == []  # type: ignore[attr-defined]
 
 
@@ -77,7 +82,7 @@ def test_the_retrieval_pipeline_closes_the_loop() -> None:
 
 def test_variables_may_hold_any_path_and_seeds_must_differ(tmp_path: Path) -> None:
     odd = "my files (1), part=2.jsonl"
-    steps = steps_of("pipeline=demo", f'variables.held_out="{odd}"', "replicates=[]")
+    steps = steps_of("pipeline=smoke", f'variables.held_out="{odd}"')
     assert next(step for step in steps if step.name == "evaluate").config.data.path == odd  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="seeds must differ"):
         needs("seed=2", "replicates=[2]")

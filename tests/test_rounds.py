@@ -485,6 +485,7 @@ def test_without_an_evaluation_no_further_round_is_begun(tmp_path: Path, monkeyp
     assert "r/round2_dpo" not in pretended.started
 
 
+@pytest.mark.slow  # the tests above have the rounds, and the smoke run the stages
 def test_two_rounds_of_real_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: list[str]) -> None:  # noqa: F811
     """The smallest there are, the grader in the reward model's place: as many rounds run as their gains allow."""
     monkeypatch.chdir(tmp_path)

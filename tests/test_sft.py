@@ -161,7 +161,7 @@ def interrupt(config: SFTConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> 
         run(config)
 
 
-@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("resume", [pytest.param(True, marks=pytest.mark.slow), False])  # the same, said aloud
 def test_an_interrupted_run_continues(
     config: SFTConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
 ) -> None:
@@ -201,6 +201,7 @@ def test_other_settings_begin_anew(config: SFTConfig, monkeypatch: pytest.Monkey
 # -- 4 bits ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # learns something twice; that a 4-bit base trains is seen in test_dpo.py and test_reward_stage.py
 def test_a_4bit_base_trains_to_the_same_held_out_loss(tmp_path: Path) -> None:
     """The embedded model, so that there is something to learn: QLoRA reaches what LoRA reaches, within noise."""
     write_questions(tmp_path / "train.jsonl", count=96)

@@ -57,12 +57,14 @@ def test_an_attempt_that_fails_is_not_paid_for(fault: Fault) -> None:
         assert server.account.summary()["answered"] == 0
 
 
+@pytest.mark.slow  # hundreds of requests; test_teacher.py has each fault once
 def test_through_faults_nothing_is_lost_doubled_or_paid_twice() -> None:
     said = run("faults", "--requests", "100", "--concurrency", "32")
     assert "lost 0, doubled 0, paid twice 0, sent when asked again 0" in said
     assert re.search(r"reached: \d+\.\d\d of", said)
 
 
+@pytest.mark.slow  # four processes; test_teacher_store.py kills one
 def test_through_kills_the_results_are_the_same_and_little_is_paid_twice() -> None:
     said = run("kills", "--requests", "200", "--concurrency", "16", "--kills", "3")
     assert re.search(r"killed +3\n", said)

@@ -161,7 +161,13 @@ CUTS: dict[str, tuple[int, TrainConfig, dict[str, Any]]] = {
 """What is trained when it is interrupted at which step."""
 
 
-@pytest.mark.parametrize("case", CUTS)
+@pytest.mark.parametrize(
+    "case",  # by default the plainest, and the two that prepare their rows or weights anew
+    [
+        case if case in ("at a checkpoint", "packed", "pissa") else pytest.param(case, marks=pytest.mark.slow)
+        for case in CUTS
+    ],
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(
     model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
@@ -194,7 +200,15 @@ def test_noise_changes_training_and_nothing_else(model: ModelConfig, tmp_path: P
     assert after == mean_loss(policy.eval(), encoded())
 
 
-@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"])
+@pytest.mark.parametrize(
+    "file",  # whichever file it is, the checkpoint's hashes find it
+    [
+        "optimizer.pt",
+        pytest.param("adapter_model.safetensors", marks=pytest.mark.slow),
+        pytest.param("trainer_state.json", marks=pytest.mark.slow),
+        pytest.param("rng_state.pth", marks=pytest.mark.slow),
+    ],
+)
 def test_a_torn_checkpoint_is_skipped_for_the_one_before(
     model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:

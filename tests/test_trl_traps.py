@@ -265,7 +265,7 @@ def test_several_visible_gpus_without_a_launcher_split_the_batch(
         dpo.run(dpo_config(model, tmp_path))
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])  # one callback of ours for both
 def test_the_count_of_tokens_begins_again_at_0_after_a_resume(
     model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:

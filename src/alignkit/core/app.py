@@ -13,6 +13,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ LOG = logging.getLogger("alignkit")
 
 _FLAGS_WITH_VALUE = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--shell-completion", "-sc")
 _HYDRA_FLAGS = (*_FLAGS_WITH_VALUE, "--resolve", "--hydra-help", "-m", "--multirun")
+_WITHOUT_HYDRAS_OWN = tuple(
+    f"~hydra/{group}"
+    for group in ("output", "launcher", "sweeper", "help", "hydra_help", "hydra_logging", "job_logging")
+)
+"""What says how Hydra runs a program: half the files of a composition, none of which is in its result."""
 _SECRET_VALUE = re.compile(
     r"(?<![A-Za-z0-9])(sk-(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{8,}|hf_(?=[A-Za-z]*\d)[A-Za-z0-9]{8,})|://[^/@]*:[^/@]*@"
 )
@@ -189,12 +195,13 @@ def compose(stage: str, overrides: Sequence[str] = ()) -> Any:
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
-    _register(stage)
+    _schema(stage, config_class(stage))
     state = GlobalHydra.instance()
     outer, state.hydra = state.hydra, None  # the caller may itself be a Hydra application
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-            return hydra.compose(config_name=stage, overrides=accept_leading_plus(stage, overrides))
+            own = () if any("hydra/" in override for override in overrides) else _WITHOUT_HYDRAS_OWN
+            return hydra.compose(config_name=stage, overrides=[*accept_leading_plus(stage, overrides), *own])
     except Exception as error:
         raise explain(stage, error) from error
     finally:
@@ -232,7 +239,7 @@ def hydra_main(
 
     quiet = ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.run.dir=."]
     folders = [f"hydra.sweep.dir={sweep_dir or '.'}", "hydra.sweep.subdir=."]
-    _register(stage)
+    _schema(stage, config_class(stage))
     saved, sys.argv = sys.argv, ["alignkit", *arguments, *quiet, *folders]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise errors instead of printing them and leaving
     try:
@@ -259,18 +266,23 @@ def check_keys(stage: str, composed: Any) -> Any:
     from omegaconf import OmegaConf
 
     try:
-        return OmegaConf.merge(OmegaConf.structured(config_class(stage)), OmegaConf.to_container(composed))
+        return OmegaConf.merge(_schema(stage, config_class(stage)), OmegaConf.to_container(composed))
     except Exception as error:
         raise explain(stage, error) from error
 
 
-def _register(stage: str) -> None:
-    """Tell Hydra the stage's schema, and what `${recipe:seeds.jsonl}` means: a file of dataset_optimization/."""
+@cache
+def _schema(stage: str, schema: type[StageConfig]) -> Any:
+    """The stage's dataclass with OmegaConf's types, made once. Not to be changed: `merge` copies it.
+
+    Making it also tells Hydra of it, and of what `${recipe:seeds.jsonl}` means: a file of dataset_optimization/.
+    """
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
-    ConfigStore.instance().store(name=f"{stage}_schema", node=config_class(stage))
+    ConfigStore.instance().store(name=f"{stage}_schema", node=schema)
     OmegaConf.register_new_resolver("recipe", recipe_file, replace=True)
+    return OmegaConf.structured(schema)
 
 
 def _plain(composed: Any) -> dict[str, Any]:
