@@ -8,7 +8,7 @@ are those of this process; they tell more than the clock where others use the ma
 1. `EmbeddedIndex`, words alone: N passages into a folder (SQLite and BM25), then 1,000 queries for 100 passages each.
 2. The same queries by `BM25Index`, by plain `bm25s`, and by `rank_bm25` (its loop, with Lucene's idf, so that scores
    are the same), on shares that the slower ones can bear.
-3. `alignkit mine` as a user types it: a corpus of N passages in a file, 1,000 queries made of words of one of them each.
+3. `alignkit mine` as a user types it: a corpus of N passages in a file, 1,000 queries of words of one passage each.
 4. `nearest` over N float32 vectors of 384 numbers on disk, against one matrix product and `argpartition` in memory.
 """
 
@@ -137,9 +137,7 @@ def measure_mining(count: int) -> None:
         assert done.returncode == 0, done.stderr
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         print(f"3. {done.stdout.strip().splitlines()[-1].split(' -> ')[0]}:")
-        print(
-            f"   CPU {used.ru_utime + used.ru_stime:.0f} s, {clock:.0f} s; peak memory {used.ru_maxrss / 1e6:.2f} GB"
-        )
+        print(f"   CPU {used.ru_utime + used.ru_stime:.0f} s, {clock:.0f} s; peak memory {used.ru_maxrss / 1e6:.2f} GB")
 
 
 def measure_vectors(count: int) -> None:

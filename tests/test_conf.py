@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from alignkit.core import app
 from alignkit.core.app import accept_leading_plus, bracket_lists, load_config, run_command, split_flags, to_dataclass
 from alignkit.core.config import StageConfig
+from alignkit.core.errors import UserError
 from alignkit.core.help import stage_keys
 from alignkit.core.stages import conf_dir, config_class, default_groups, group_options, stage_module, stages
 from alignkit.core.sweep import plan

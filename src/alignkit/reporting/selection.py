@@ -299,7 +299,7 @@ def _comparison(found: Audit) -> dict[str, Any]:
     differences = [
         {
             "name": one_line(each["name"], 80).replace(" - ", f" {MINUS} "),
-             "cells": [(measures.interval(name, each[name], sign=True), verdict(each[name])) for name in names],
+            "cells": [(measures.interval(name, each[name], sign=True), verdict(each[name])) for name in names],
         }
         for each in found["differences"]
     ]
