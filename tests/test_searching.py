@@ -133,7 +133,7 @@ def search(
     model = ModelConfig(name="m", path="p", max_length=max_length)
     with Journal(folder / "turns.jsonl", "f") as journal:
         turns = TurnsHere(generator, model, SAMPLING, 1, journal)
-        return search_and_answer(turns, ask_openly(rows), retriever, 1, hops, journal)
+        return search_and_answer(turns, ask_openly(rows), retriever, 1, hops, journal)  # type: ignore[arg-type]
 
 
 def test_rows_search_step_by_step_together_in_the_form_of_training(tmp_path: Path) -> None:
