@@ -195,7 +195,7 @@ def compose(stage: str, overrides: Sequence[str] = ()) -> Any:
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
-    _schema(stage, config_class(stage))
+    _schema(stage)
     state = GlobalHydra.instance()
     outer, state.hydra = state.hydra, None  # the caller may itself be a Hydra application
     try:
@@ -239,7 +239,7 @@ def hydra_main(
 
     quiet = ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.run.dir=."]
     folders = [f"hydra.sweep.dir={sweep_dir or '.'}", "hydra.sweep.subdir=."]
-    _schema(stage, config_class(stage))
+    _schema(stage)
     saved, sys.argv = sys.argv, ["alignkit", *arguments, *quiet, *folders]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise errors instead of printing them and leaving
     try:
@@ -266,13 +266,13 @@ def check_keys(stage: str, composed: Any) -> Any:
     from omegaconf import OmegaConf
 
     try:
-        return OmegaConf.merge(_schema(stage, config_class(stage)), OmegaConf.to_container(composed))
+        return OmegaConf.merge(_schema(stage), OmegaConf.to_container(composed))
     except Exception as error:
         raise explain(stage, error) from error
 
 
 @cache
-def _schema(stage: str, schema: type[StageConfig]) -> Any:
+def _schema(stage: str) -> Any:
     """The stage's dataclass with OmegaConf's types, made once. Not to be changed: `merge` copies it.
 
     Making it also tells Hydra of it, and of what `${recipe:seeds.jsonl}` means: a file of dataset_optimization/.
@@ -280,6 +280,7 @@ def _schema(stage: str, schema: type[StageConfig]) -> Any:
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
+    schema = config_class(stage)
     ConfigStore.instance().store(name=f"{stage}_schema", node=schema)
     OmegaConf.register_new_resolver("recipe", recipe_file, replace=True)
     return OmegaConf.structured(schema)
