@@ -25,7 +25,7 @@ from alignkit.models.loading import load_policy
 from alignkit.sft import SFTConfig, run
 from alignkit.training import interruption
 from alignkit.training.callbacks import StepReport
-from alignkit.training.checkpoints import checkpoint_folder, newest_intact
+from alignkit.training.checkpoints import checkpoint_folder, is_intact, newest_intact
 from alignkit.training.interruption import StopAtStepEnd
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -248,6 +248,7 @@ def test_a_changed_checkpoint_is_skipped_and_named(
     assert f"{checkpoints / 'checkpoint-5'} is skipped: it is incomplete, or its files are not those" in log
     assert "sft: continues from step 4" in log
 
+    assert is_intact(checkpoints / "checkpoint-5")  # written anew in its place
     for checkpoint in checkpoints.glob("checkpoint-*"):
         (checkpoint / "optimizer.pt").write_bytes(b"")
     with pytest.raises(UserError, match=r"resume=true: every checkpoint in .* is incomplete, or its files"):

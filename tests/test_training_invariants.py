@@ -32,7 +32,7 @@ from alignkit.training import callbacks
 from alignkit.training.arguments import optimizer_steps, trainer_arguments
 from alignkit.training.batches import LengthGroupedSampler
 from alignkit.training.callbacks import AdapterMoved, StepReport
-from alignkit.training.checkpoints import checkpoint_folder, is_intact, newest_intact, seal
+from alignkit.training.checkpoints import checkpoint_folder, is_intact, newest_intact, remove_newer, seal
 from alignkit.training.fit import trainable_in_float32
 from alignkit.training.supervised import train_supervised
 
@@ -251,6 +251,16 @@ def test_a_checkpoint_counts_only_while_its_files_are_those_that_were_sealed(tmp
     assert newest_intact(tmp_path) is None
     (checkpoint / "seal.json").write_text('{"ref/wei')
     assert not is_intact(checkpoint)
+
+
+def test_torn_checkpoints_that_are_passed_over_make_room_for_those_to_come(tmp_path: Path) -> None:
+    """The trainer keeps the newest: a torn checkpoint-30 would outlive the checkpoint-15 that is written next."""
+    for step in (5, 10, 20, 30):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    remove_newer(tmp_path, tmp_path / "checkpoint-10")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-5"]
+    remove_newer(tmp_path, None)
+    assert not list(tmp_path.iterdir())
 
 
 # -- guards ------------------------------------------------------------------------------------------------------------

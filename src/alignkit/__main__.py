@@ -7,10 +7,11 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from alignkit.core.app import run_command
 from alignkit.core.errors import UserError
-from alignkit.core.process import DONE, guarded
+from alignkit.core.process import DONE, guarded, run_process
 from alignkit.core.stages import purpose, require_stage, stages
 
 FLOW = (
@@ -100,5 +101,10 @@ def _unknown(command: str) -> int:
     return DONE
 
 
+def program() -> NoReturn:
+    """The program `alignkit`."""
+    run_process(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -21,7 +21,7 @@ from alignkit.core.artifact import Artifact, recorded_command
 from alignkit.core.config import RowsConfig, StageConfig
 from alignkit.core.errors import UserError
 from alignkit.core.help import help_text, stage_keys
-from alignkit.core.process import DONE, guarded
+from alignkit.core.process import DONE, guarded, run_process
 from alignkit.core.ranks import world_size
 from alignkit.core.stages import (
     conf_dir,
@@ -58,7 +58,7 @@ _TOKENIZER_KEY = re.compile(r"(^|\.)(eos|pad)_token$")
 
 def stage_main(stage: str, arguments: Sequence[str] | None = None) -> None:
     """Run a stage from the command line and leave the process with its exit code."""
-    sys.exit(run_command(stage, list(sys.argv[1:] if arguments is None else arguments)))
+    run_process(lambda: run_command(stage, list(sys.argv[1:] if arguments is None else arguments)))
 
 
 def run_command(stage: str, arguments: list[str]) -> int:

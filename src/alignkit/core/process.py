@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -14,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 from alignkit.core.errors import UserError, disk_problem
 from alignkit.core.ranks import is_main, rank, world_size
@@ -29,6 +31,21 @@ PARENT = "ALIGNKIT_PARENT"
 
 PATIENCE_SECONDS = 10.0
 """How long a process that fails waits to be stopped by its launcher, because another one has failed before it."""
+
+
+OBJECTS_BEFORE_COLLECTION = 50_000
+"""Python's own 700 would search the million objects of the libraries again and again while they are imported."""
+
+
+def run_process(work: Callable[[], int]) -> NoReturn:
+    """Do all the work of this process and leave it with the exit code.
+
+    Nothing is searched for garbage on the way out, which takes seconds after large imports: the system takes it all.
+    """
+    gc.set_threshold(OBJECTS_BEFORE_COLLECTION)
+    code = work()
+    gc.freeze()
+    sys.exit(code)
 
 
 def guarded(name: str, work: Callable[[], int]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 from alignkit.core.artifact import Artifact, read_manifest
@@ -52,6 +53,17 @@ def newest_intact(folder: Path) -> Path | None:
             return checkpoint
         LOG.warning("%s is skipped: it is incomplete, or its files are not those that were written", checkpoint)
     return None
+
+
+def remove_newer(folder: Path, than: Path | None) -> None:
+    """Remove the checkpoints with higher steps than one's, or all of them: torn ones that a run has passed over.
+
+    The trainer, which keeps the newest few, may otherwise take them for newer than the one that it has just written.
+    """
+    for checkpoint in _newest_first(folder):
+        if checkpoint == than:
+            return
+        shutil.rmtree(checkpoint)
 
 
 def require_checkpoint(artifact: Artifact) -> None:

@@ -18,7 +18,7 @@ from alignkit.core.ranks import is_main, rank, world_size
 from alignkit.training.arguments import optimizer_steps
 from alignkit.training.batches import StepTrainer, planned_steps
 from alignkit.training.callbacks import AdapterMoved, ProcessesAgree, SealCheckpoints, StepReport, require_finite
-from alignkit.training.checkpoints import newest_intact
+from alignkit.training.checkpoints import newest_intact, remove_newer
 from alignkit.training.distributed import make_whole
 from alignkit.training.held_out import LOSS, HeldOut, measurements
 from alignkit.training.interruption import StopAtStepEnd
@@ -153,13 +153,15 @@ def _checkpoint(folder: Path, description: str) -> tuple[Path | None, int]:
     found = [newest_intact(folder) if is_main() else None]
     broadcast_object_list(found)
     checkpoint = found[0]
-    if checkpoint is None:
-        return None, 0
-    if (wrote := len(list(checkpoint.glob("rng_state*.pth")))) != world_size():
+    if checkpoint is not None and (wrote := len(list(checkpoint.glob("rng_state*.pth")))) != world_size():
         raise UserError(
             f"{checkpoint} is of a run of {wrote} process(es), and this one has {world_size()}: start as many as "
             "before to continue, or give force=true to begin anew"
         )
+    if is_main():
+        remove_newer(folder, checkpoint)
+    if checkpoint is None:
+        return None, 0
     step = int(checkpoint.name.removeprefix("checkpoint-"))
     LOG.info("%s: continues from step %d", description, step)
     return checkpoint, step
