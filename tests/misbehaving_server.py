@@ -108,6 +108,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _cut(self, prompt: str) -> None:
         self._complete(prompt, "half a", finish_reason="length")
 
+    def _cut_while_thinking(self, prompt: str) -> None:
+        self._complete(prompt, None, finish_reason="length")
+
     def _filtered(self, prompt: str) -> None:
         self._complete(prompt, None, finish_reason="content_filter")
 

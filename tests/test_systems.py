@@ -104,6 +104,7 @@ def test_each_kind_is_known_by_what_is_there(tmp_path: Path) -> None:
         ("notes.txt", r"no adapter or model folder, no .gguf, and no file of answers"),
         ("runs/nowhere/adapter", "models.x=runs/nowhere/adapter: no such file or folder"),
         ("http://127.0.0.1:1/v1", r"name the model .* http://127.0.0.1:1/v1#<model>"),
+        ("http://localhost:80a/v1#m", "models.x is not a URL"),
         ("https://host/v1?token=hush#m", r"models.x: an address must hold no user, password or query"),
     ],
 )
@@ -215,12 +216,15 @@ def test_bad_files_of_answers(
 # -- servers -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_server_answers_and_what_it_cut_or_refused_is_known(held_out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("way", "text"), [("cut", "half a"), ("cut_while_thinking", "")])
+def test_a_server_answers_and_what_it_cut_or_refused_is_known(
+    held_out: Path, monkeypatch: pytest.MonkeyPatch, way: str, text: str
+) -> None:
     monkeypatch.chdir(held_out.parent)
     monkeypatch.setenv("MY_KEY", "canary-key-12345")
 
     def behaviour(prompt: str, attempt: int) -> str:
-        return {"0": "ok", "1": "cut", "2": "too_long"}[prompt.split(".")[0][-1]]
+        return {"0": "ok", "1": way, "2": "too_long"}[prompt.split(".")[0][-1]]
 
     with serving(behaviour) as server:
         address = [f"models.served='{server.base_url}#some/model'", "servers.api_key_env.served=MY_KEY"]
@@ -230,7 +234,7 @@ def test_a_server_answers_and_what_it_cut_or_refused_is_known(held_out: Path, mo
         assert server.keys == {"canary-key-12345"}
         assert len(server.bodies) == 3
     answers = texts(artifact, "served")
-    assert answers == {"q0": "reply to Notes: The seat of Fikico is 0.\n\nWhere?", "q1": "half a"}
+    assert answers == {"q0": "reply to Notes: The seat of Fikico is 0.\n\nWhere?", "q1": text}
     rows = read_predictions(artifact.folder / "predictions.jsonl")
     assert [row.answers["served"].finished for row in rows[:2]] == [True, False]
     assert artifact.metrics["unanswered"] == {"served": {"prompt too long for the model": 1}}

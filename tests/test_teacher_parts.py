@@ -266,6 +266,32 @@ def test_what_was_learnt_is_remembered_and_the_configuration_comes_first() -> No
     assert Dialect().next_rung(Structured.text, refusal) is None
 
 
+@pytest.mark.parametrize(
+    ("status", "said", "refused"),
+    [
+        (400, "tools is not supported here", True),
+        (404, "No endpoints found that support tool use", True),
+        (500, "tools param requires --jinja flag", True),
+        (500, "error parsing tool call: raw='{'", False),
+        (503, "no tool server", False),
+    ],
+)
+def test_tools_are_refused_by_the_server_and_not_by_a_call_that_went_wrong(
+    status: int, said: str, refused: bool
+) -> None:
+    body, failure = {"tools": []}, Failure(Kind.per_item, REFUSED, said, status)
+    dialect = Dialect()
+    assert (dialect.correct(body, failure) is not None) is refused
+    assert dialect.tools is not refused
+    taken = Dialect()
+    assert taken.observe_tools({}) is None
+    assert taken.observe_tools(body) == "takes tools"
+    assert taken.observe_tools(body) is None
+    assert taken.correct(body, failure) is None
+    assert taken.tools
+    assert first_dialect(TeacherConfig(model="m"), taken.dump()).tools_taken
+
+
 def test_a_server_that_heeded_the_format_must_name_it_to_refuse_it() -> None:
     dialect = Dialect()
     dialect.observe(Structured.json_schema, conforms=True)

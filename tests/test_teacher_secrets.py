@@ -66,6 +66,8 @@ def test_a_missing_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ("https://teacher.example/v1?key=secret", False, "must hold no user"),
         ("teacher.example/v1", False, "not a URL"),
         ("ftp://teacher.example/v1", False, "not a URL"),
+        ("http://127.0.0.1:80a/v1", False, "not a URL"),
+        ("http://[::1/v1", False, "not a URL"),
     ],
 )
 def test_base_urls(base_url: str, allow_http: bool, problem: str | None) -> None:

@@ -212,8 +212,8 @@ def _write_turns(
     for position, completions in enumerate(written):
         if completions:
             turns.append(completions[0])
-        elif (failure := failures[position]).reason == CUT and failure.text is not None:
-            turns.append(Completion(text=failure.text, model=generator.label, finished=False))
+        elif (failure := failures[position]).reason == CUT:  # without a text where all of it went into reasoning
+            turns.append(Completion(text=failure.text or "", model=generator.label, finished=False))
         else:
             turns.append(Missing(str(failure.reason), failure.detail))
     return turns

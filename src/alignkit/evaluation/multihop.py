@@ -18,7 +18,7 @@ from alignkit.core.config import ModelConfig, SamplingConfig
 from alignkit.core.journal import Journal
 from alignkit.core.records import Completion, Message, Tools
 from alignkit.data.sources.qa_expert import RETRIEVE
-from alignkit.data.tools import MalformedCallError, read_calls
+from alignkit.data.tools import MalformedCallError, read_calls, to_json
 from alignkit.evaluation.answers import Answer, Missing
 from alignkit.evaluation.contexts import Question
 from alignkit.generation.base import Generator
@@ -152,14 +152,14 @@ def read_turn(search: Search, completion: Completion, hops: int) -> Message | An
 
 def find(searches: Sequence[Search], retriever: Retriever, k: int, step: int, journal: Journal) -> None:
     """Search for what the last turns ask for, all at once, and put what is found behind them."""
-    wanted = [search for search in searches if f"{step}?{search.id}" not in journal.done]
+    wanted = [search for search in searches if _key(step, search) not in journal.done]
     found = iter(retriever.search([query for search in wanted for query in _queries(search)], k))
     for search in wanted:
         results = [[hit.passage.text for hit in next(found)] for _ in _queries(search)]
-        journal.add(f"{step}?{search.id}", results)
+        journal.add(_key(step, search), results)
     for search in searches:
         calls, queries = search.messages[-1].tool_calls or [], _queries(search)
-        for call, query, texts in zip(calls, queries, journal.done[f"{step}?{search.id}"], strict=True):
+        for call, query, texts in zip(calls, queries, journal.done[_key(step, search)], strict=True):
             content = "\n\n".join(texts) or NOTHING
             search.messages.append(Message(role="tool", content=content, name="retrieve", tool_call_id=call.id))
             search.queries.append(query)
@@ -171,6 +171,11 @@ def describe_searches(answers: Iterable[Answer]) -> dict[str, float]:
     found = list(answers)
     means = {name: mean(answer.scores.get(name, 0.0) for answer in found) for name in SEARCH_SCORES}
     return means | {"searched": mean(float(bool(answer.queries)) for answer in found)}
+
+
+def _key(step: int, search: Search) -> str:
+    """What the journal calls the passages of a step: a turn that was written anew may search for something else."""
+    return f"{step}?{search.id}?{to_json(_queries(search))}"
 
 
 def _queries(search: Search) -> list[str]:

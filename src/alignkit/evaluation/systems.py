@@ -17,16 +17,15 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from alignkit.core.config import ModelConfig, TeacherConfig, TeacherMode
 from alignkit.core.errors import UserError, first_line
 from alignkit.core.manifest import is_address, is_hub_name, read_manifest
 from alignkit.core.names import check_names
+from alignkit.teacher.address import Keys, split_url
 
 if TYPE_CHECKING:
     from alignkit.generation.hf import HFGenerator
-    from alignkit.teacher.address import Keys
 
 ANSWER_FILES = (".jsonl", ".json", ".parquet", ".arrow")
 
@@ -104,7 +103,7 @@ def _identify(name: str, source: str) -> System:
 
 
 def _server(name: str, source: str) -> System:
-    parts = urlsplit(source)
+    parts = split_url(f"models.{name}", source)
     if parts.username or parts.password or parts.query:  # not shown: it may hold a key
         raise UserError(
             f"models.{name}: an address must hold no user, password or query; servers.api_key_env.{name} takes the "
@@ -204,8 +203,6 @@ def _open_gguf(system: System, model: ModelConfig) -> HFGenerator:
 
 def server_keys(system: System) -> Keys:
     """What messages about a server among the systems call it and its settings."""
-    from alignkit.teacher.address import Keys
-
     return Keys(
         who=f"models.{system.name}",
         model=f"models.{system.name}",
@@ -214,7 +211,7 @@ def server_keys(system: System) -> Keys:
         allow_http="servers.allow_http",
         concurrency="servers.concurrency",
         timeout_seconds="servers.timeout_seconds",
-        ask_again="force=true",
+        ask_again="force=true, which asks for all anew",
     )
 
 

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from alignkit.core.config import TeacherConfig
 from alignkit.core.errors import UserError
@@ -47,7 +47,7 @@ def server_host(config: TeacherConfig) -> str:
 def checked_url(config: TeacherConfig, keys: Keys = TEACHER) -> str:
     """The server's base URL. Raises `UserError` where it holds a secret, or would send the key in the clear."""
     url = server_url(config)
-    parts = urlsplit(url)
+    parts = split_url(keys.base_url, url)
     if parts.username or parts.password or parts.query:
         raise UserError(f"{keys.base_url} must hold no user, password or query: the key comes from {keys.api_key_env}")
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -58,6 +58,16 @@ def checked_url(config: TeacherConfig, keys: Keys = TEACHER) -> str:
             f"with {keys.allow_http}=true"
         )
     return url
+
+
+def split_url(setting: str, url: str) -> SplitResult:
+    """The parts of a URL. Raises `UserError` that names the setting where it is none; a secret may be what is wrong."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # is looked at only now
+    except ValueError:
+        raise UserError(f"{setting} is not a URL: no host or port can be read; write it like https://host/v1") from None
+    return parts
 
 
 def read_key(variable: str, setting: str = "teacher.api_key_env") -> str:

@@ -22,8 +22,8 @@ LADDER = (Structured.json_schema, Structured.json_object, Structured.text)
 """From the strictest way to hold a server to JSON down to the words of the prompt alone."""
 FEWEST_IGNORED = 3
 """So many replies that do not conform, and more than those that do, show that a server ignores what it accepts."""
-_NO_TOOLS = (400, 422, 500, 501)
-"""How servers refuse tools; llama.cpp without `--jinja` says 500."""
+_NO_TOOLS = (400, 404, 422, 500, 501)
+"""How servers refuse tools; llama.cpp without `--jinja` says 500, gateways that find no model with tools 404."""
 _ABOUT_FORMAT = ("response_format", "json_schema", "json_object", "schema", "grammar")
 
 
@@ -38,6 +38,8 @@ class Dialect:
     """Whether it may be given; reasoning models have one of their own."""
     tools: bool = True
     """Whether functions may be given as a parameter; else they are written into the prompt."""
+    tools_taken: bool = False
+    """Whether a request with that parameter has been answered: later trouble with a call is no refusal."""
     fixed: bool = False
     """Whether `structured` stands in the configuration, and is not to be changed."""
     conforming: int = 0
@@ -47,7 +49,7 @@ class Dialect:
 
     def dump(self) -> str:
         """As JSON, to be remembered."""
-        kept = ("max_tokens", "temperature", "tools")
+        kept = ("max_tokens", "temperature", "tools", "tools_taken")
         return json.dumps({"structured": self.structured.value} | {name: getattr(self, name) for name in kept})
 
     def correct(self, body: Mapping[str, Any], failure: Failure) -> str | None:
@@ -56,7 +58,7 @@ class Dialect:
         A body that was under way while another taught the same is only to be written anew.
         """
         said = f"{failure.parameter} {failure.detail}"
-        if "tools" in body and failure.status in _NO_TOOLS and "tool" in said:
+        if "tools" in body and not self.tools_taken and failure.status in _NO_TOOLS and _refuses_tools(said):
             self.tools = False
             return "takes no tools, so they are written into the prompt"
         if failure.status not in (400, 422):
@@ -81,6 +83,13 @@ class Dialect:
         assert rung is not None
         named = any(word in f"{failure.parameter} {failure.detail}" for word in _ABOUT_FORMAT)
         return LADDER[LADDER.index(rung) + 1] if named or not self.conforming else None
+
+    def observe_tools(self, body: Mapping[str, Any]) -> str | None:
+        """Note a reply to a request with tools: what has been learnt from it, if anything."""
+        if "tools" not in body or self.tools_taken:
+            return None
+        self.tools_taken = True
+        return "takes tools"
 
     def observe(self, rung: Structured | None, conforms: bool) -> str | None:
         """Count a reply that came on `rung`: what has been learnt from it, if anything.
@@ -113,6 +122,11 @@ def first_dialect(config: TeacherConfig, remembered: str | None = None) -> Diale
     elif config.structured is not Structured.auto:
         dialect.structured, dialect.fixed = config.structured, True
     return dialect
+
+
+def _refuses_tools(said: str) -> bool:
+    """Whether tools as such are refused, not a call that the model wrote (Ollama's "error parsing tool call")."""
+    return "tool" in said and "pars" not in said
 
 
 def response_format(shape: type[BaseModel], rung: Structured) -> dict[str, Any] | None:

@@ -183,6 +183,7 @@ class _Asking:
         if outcome.prompt_tokens is not None:
             used = outcome.prompt_tokens + (outcome.completion_tokens or 0)
             self.teacher.limits.correct((call.expected_tokens or 0) + call.longest_answer, used)
+        self._learn(self.dialect.observe_tools(body))
         if rung and request.shape and outcome.reason is None:
             self._learn(self.dialect.observe(rung, conforms(outcome.text or "", request.shape, rung)))
         self.teacher.answered, self.teacher.in_vain = True, 0
@@ -226,11 +227,11 @@ class _Asking:
         """Do what the kind of a failure asks for; returns like `_attempt`."""
         call.waste(failure)
         self.ledger.usage.unreported += failure.status == 200 and failure.prompt_tokens is None
-        if failure.kind is Kind.fatal:
-            raise self._fatal(str(failure))
         if (change := self.dialect.correct(body, failure)) is not None:
             self._learn(change)
             return 0.0
+        if failure.kind is Kind.fatal:
+            raise self._fatal(str(failure))
         if (lower := self.dialect.next_rung(rung, failure)) is not None:
             call.rung = lower
             return 0.0

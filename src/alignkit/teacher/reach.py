@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from alignkit.core.config import TeacherConfig
 from alignkit.core.errors import UserError, first_line
-from alignkit.teacher.address import TEACHER, Keys, checked_url, is_loopback, read_key
+from alignkit.teacher.address import TEACHER, Keys, checked_url, is_loopback, read_key, without_key
 from alignkit.teacher.openai_client import check_config
 
 LOG = logging.getLogger("alignkit")
@@ -41,7 +41,8 @@ def check_reachable(config: TeacherConfig, keys: Keys = TEACHER) -> None:
     except APIStatusError as error:
         body, status = b"", error.status_code
     except OpenAIError as error:
-        what = f"nothing within {seconds:g} s" if isinstance(error, APITimeoutError) else first_line(error)
+        cause = without_key(first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error), key)
+        what = f"nothing within {seconds:g} s" if isinstance(error, APITimeoutError) else cause
         raise UserError(
             f"{keys.base_url}={url}: no server answers there ({what}). Start it or correct {keys.base_url}; the same "
             "command goes on from here."

@@ -28,7 +28,7 @@ LONGEST_REPLY_CHARACTERS = 1_000_000
 """A longer text is nobody's answer; only its beginning is kept."""
 BEGINNING_CHARACTERS = 2_000
 CUT = "cut at teacher.max_tokens"
-_ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
+_ROLES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 
 
 def request_parts(config: TeacherConfig, request: Request) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _message(message: Message) -> dict[str, Any]:
     turn: dict[str, Any] = {"role": message.role, "content": clean(message.content)}
     turn |= {name: value for name in ("name", "tool_call_id") if (value := getattr(message, name)) is not None}
     if message.tool_calls:
-        calls = [call.model_dump() for call in message.tool_calls]
+        calls = [call.model_dump(exclude_none=True) for call in message.tool_calls]
         turn["tool_calls"] = [
             {**call, "function": {**call["function"], "arguments": clean(to_json(call["function"]["arguments"]))}}
             for call in calls

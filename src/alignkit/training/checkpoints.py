@@ -38,7 +38,7 @@ def is_intact(checkpoint: Path) -> bool:
     """Whether a checkpoint was sealed and its files have not changed since."""
     try:
         hashes: dict[str, str] = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a disk that cannot be read just now is no torn file
         return False
     return all((checkpoint / name).is_file() and hash_path(checkpoint / name) == sha for name, sha in hashes.items())
 
@@ -63,6 +63,7 @@ def remove_newer(folder: Path, than: Path | None) -> None:
     for checkpoint in _newest_first(folder):
         if checkpoint == than:
             return
+        LOG.warning("%s is removed", checkpoint)
         shutil.rmtree(checkpoint)
 
 
