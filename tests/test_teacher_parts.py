@@ -279,7 +279,8 @@ def test_what_was_learnt_is_remembered_and_the_configuration_comes_first() -> No
 def test_tools_are_refused_by_the_server_and_not_by_a_call_that_went_wrong(
     status: int, said: str, refused: bool
 ) -> None:
-    body, failure = {"tools": []}, Failure(Kind.per_item, REFUSED, said, status)
+    body: dict[str, Any] = {"tools": []}
+    failure = Failure(Kind.per_item, REFUSED, said, status)
     dialect = Dialect()
     assert (dialect.correct(body, failure) is not None) is refused
     assert dialect.tools is not refused
