@@ -27,7 +27,7 @@ from alignkit.core.config import (
 from alignkit.core.errors import UserError
 from alignkit.core.stages import conf_dir
 from alignkit.models import machine, refusals
-from alignkit.models.headroom import require_memory
+from alignkit.models.headroom import require_memory, verdict
 from alignkit.models.jobs import DPO, REWARD, SAMPLING, SFT, Job
 from alignkit.models.machine import GIB, Machine, find_machine
 from alignkit.models.refusals import RULES, known_problems, refuse_known_problems
@@ -119,6 +119,20 @@ def test_what_a_later_change_makes_needless_is_taken_back() -> None:
         "train.gradient_checkpointing=true",
         "model.quantization=nf4",
     ]
+
+
+def test_a_stage_is_told_of_its_own_settings() -> None:
+    many = SamplingConfig(n=1, batch_size=512)
+    sampling = replace(QWEN, stage=SAMPLING, sampling=many)
+    found = {
+        key: find_remedies(replace(sampling, at_once_key=key), CARD) for key in ("sampling.batch_size", "max_answers")
+    }
+    assert found["max_answers"] == [
+        each.replace("sampling.batch_size", "max_answers") for each in found["sampling.batch_size"]
+    ]
+    assert found["max_answers"][0].startswith("max_answers=")
+    assert not any("batch" in each for each in find_remedies(replace(sampling, at_once_key=None), CARD))
+    assert verdict(replace(sampling, command="serve"), CARD, sampling.memory()).startswith("serve: ")
 
 
 def test_what_fits_needs_nothing_and_what_cannot_fit_gets_nothing() -> None:

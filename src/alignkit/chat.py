@@ -99,7 +99,15 @@ def converse(config: ChatConfig) -> Artifact:
 
         loaded = len(models) + bool(reward_folder)
         most = config.model.max_length
-        job = Job(SAMPLING, config.model, most, sampling=sampling(config), adapters_loaded=loaded)
+        job = Job(
+            SAMPLING,
+            config.model,
+            most,
+            sampling=sampling(config),
+            adapters_loaded=loaded,
+            at_once_key=None,
+            command="chat",
+        )
         require_memory(job, config.hardware, artifact)
         base = SharedBase(config.model, models)
         reward_model = base.add_reward_model(reward_folder) if reward_folder else None

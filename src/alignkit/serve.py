@@ -91,7 +91,15 @@ def run(config: ServeConfig) -> Artifact:
         with open_socket(config.host, config.port) as listener:
             sampling = SamplingConfig(n=1, batch_size=config.max_answers, max_new_tokens=config.max_tokens)
             loaded = len(models) + bool(reward_folder)
-            job = Job(SAMPLING, config.model, config.model.max_length, sampling=sampling, adapters_loaded=loaded)
+            job = Job(
+                SAMPLING,
+                config.model,
+                config.model.max_length,
+                sampling=sampling,
+                adapters_loaded=loaded,
+                at_once_key="max_answers",
+                command="serve",
+            )
             require_memory(job, config.hardware, artifact)
             base = SharedBase(config.model, models)
             reward = (Path(reward_folder).name, base.add_reward_model(reward_folder)) if reward_folder else None

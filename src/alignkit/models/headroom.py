@@ -26,12 +26,12 @@ def require_memory(job: Job, hardware: HardwareConfig, artifact: Artifact) -> No
     """
     refuse_known_problems(job)
     if job.strategy.divides_weights:
-        LOG.info("%s: no estimate of memory: %s divides the weights among processes", job.stage, job.strategy.name)
+        LOG.info("%s: no estimate of memory: %s divides the weights among processes", job.name, job.strategy.name)
         return
     try:
         memory = job.memory()
     except UserError as error:
-        LOG.info("%s: no estimate of memory: %s", job.stage, error)
+        LOG.info("%s: no estimate of memory: %s", job.name, error)
         return
     artifact.metrics["predicted_memory_bytes"] = memory.peak
     machine = find_machine(hardware)
@@ -48,6 +48,6 @@ def require_memory(job: Job, hardware: HardwareConfig, artifact: Artifact) -> No
 def verdict(job: Job, machine: Machine, memory: Memory) -> str:
     """That a job does not fit, in one sentence."""
     return (
-        f"{job.stage}: {job.model.name} with {job.sequences} sequences of {job.longest} tokens needs about "
+        f"{job.name}: {job.model.name} with {job.sequences} sequences of {job.longest} tokens needs about "
         f"{machine.needed(memory) / GIB:.1f} GiB by estimate, and {machine.name} has {machine.memory_bytes / GIB:.1f}."
     )

@@ -39,6 +39,15 @@ class Job:
     """What they divide besides."""
     adapters_loaded: int = 3
     """While sampling: the policy's, the previous version's, the reward model's. One alone scores nothing."""
+    at_once_key: str | None = "sampling.batch_size"
+    """The setting of how many answers are written at once; None where there is none (`chat`)."""
+    command: str | None = None
+    """What the user has typed, where it is estimated as another stage."""
+
+    @property
+    def name(self) -> str:
+        """Of the stage, for messages."""
+        return self.command or self.stage
 
     @property
     def base(self) -> Base:

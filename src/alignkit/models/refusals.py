@@ -115,7 +115,7 @@ def refuse_known_problems(job: Job) -> None:
     """Raise `UserError` for a job that is known to fail; say so in the log when it is only a bad idea."""
     for rule in RULES:
         if rule.warns and rule.applies(job):
-            LOG.warning("%s: %s: %s", job.stage, rule.name, rule.advice)
+            LOG.warning("%s: %s: %s", job.name, rule.name, rule.advice)
     problems = known_problems(job)
     if problems:
-        raise UserError("; ".join(f"{job.stage}: {rule.name}: {rule.advice}" for rule in problems))
+        raise UserError("; ".join(f"{job.name}: {rule.name}: {rule.advice}" for rule in problems))

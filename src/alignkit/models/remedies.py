@@ -67,7 +67,7 @@ def overrides(before: Job, after: Job) -> list[str]:
         ("train.max_batch_tokens", *(job.train.max_batch_tokens for job in (before, after))),
         ("train.batch_size", *(job.train.batch_size for job in (before, after))),
         ("train.gradient_accumulation", *(job.train.gradient_accumulation for job in (before, after))),
-        ("sampling.batch_size", *(job.sampling.batch_size for job in (before, after))),
+        (before.at_once_key, *(job.sampling.batch_size for job in (before, after))),
         ("train.optimizer", *(job.train.optimizer for job in (before, after))),
         ("model.quantization", *(job.model.quantization.name for job in (before, after))),
         ("model.max_length", *(job.model.max_length for job in (before, after))),
@@ -113,7 +113,11 @@ def _smaller_batch(job: Job) -> Job | None:
 
 def _fewer_at_once(job: Job) -> Job | None:
     size = max(job.sampling.n, job.sequences // 2)
-    return None if size >= job.sequences else replace(job, sampling=replace(job.sampling, batch_size=size))
+    return (
+        None
+        if job.at_once_key is None or size >= job.sequences
+        else replace(job, sampling=replace(job.sampling, batch_size=size))
+    )
 
 
 def _small_optimizer(job: Job) -> Job | None:
