@@ -376,6 +376,12 @@ def test_it_is_made_again_when_a_step_has_changed_and_only_then(tmp_path: Path) 
     assert not report(folder, tmp_path / "out").up_to_date
 
 
+def test_an_evaluation_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", stages=2)
+    with pytest.raises(UserError, match="evaluation=nosuch: this run has no finished evaluation of that name, nor any"):
+        report(folder, tmp_path / "out", "evaluation=nosuch")
+
+
 def test_its_own_folder_and_the_pipelines_are_not_steps(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", stages=2)
     report(folder, folder / "report")

@@ -28,12 +28,14 @@ from __future__ import annotations
 import glob
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from alignkit.core.artifact import Artifact
 from alignkit.core.config import StageConfig
+from alignkit.core.errors import UserError
 
 if TYPE_CHECKING:
     from alignkit.reporting.held_out import Roles
@@ -86,6 +88,16 @@ def run(config: ReportConfig) -> Artifact:
     return artifact
 
 
+def _no_evaluation(name: str, others: Sequence[str]) -> None:
+    """Say which evaluations a run has instead. Raises `UserError` when the user has asked for one that it has not."""
+    has = f"it has {', '.join(others)}: name one in evaluation=" if others else "nor any other"
+    message = f"evaluation={name}: this run has no finished evaluation of that name, {has}"
+    if name != ReportConfig.evaluation:
+        raise UserError(message)
+    if others:
+        LOG.warning("%s", message)
+
+
 def _report(config: ReportConfig, roles: Roles, artifact: Artifact) -> None:
     """One run with its replicates."""
     from alignkit.reporting.held_out import read_held_out
@@ -98,6 +110,8 @@ def _report(config: ReportConfig, roles: Roles, artifact: Artifact) -> None:
 
     runs = [read_run(Path(folder)) for folder in (config.run_dir, *config.replicates)]
     held_out, rounds = read_held_out(runs, roles), read_rounds(runs)
+    if held_out is None:
+        _no_evaluation(roles.evaluation, [step.name for step in runs[0].of_stage("evaluate")])
     summary = summarise_run(runs, held_out, rounds)
     artifact.write_text("report.html", render_page(runs, held_out, rounds))
     artifact.write_text("report.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
