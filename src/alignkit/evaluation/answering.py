@@ -71,7 +71,10 @@ def drop_unfit(
             artifact.drop(question.example, *problem)
             reasons.add(problem[0])
     if not kept:
-        raise UserError(f"no question can be asked ({', '.join(sorted(reasons))}); dropped.jsonl has the lengths")
+        raise UserError(
+            f"no question can be asked ({', '.join(sorted(reasons))}); see dropped.jsonl, and set a larger "
+            "model.max_length or a smaller sampling.max_new_tokens"
+        )
     return kept
 
 
